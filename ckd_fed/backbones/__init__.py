@@ -1,0 +1,8 @@
+"""Multimodal backbones by name; importing this package imports none of them (nor torch)."""
+
+from __future__ import annotations
+
+BACKBONES = {
+    "mmgcn": "ckd_fed.backbones.mmgcn:MMGCN",
+    "vbpr": "ckd_fed.backbones.vbpr:VBPR",
+}

@@ -1,0 +1,64 @@
+"""Build a backbone by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from inspect import Parameter, signature
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckd_fed.backbones import BACKBONES
+from ckd_fed.backbones.base import Backbone
+from ckd_fed.data.interactions import Interactions
+from ckd_fed.errors import ConfigError, unknown
+
+
+def backbone_class(name: str) -> Callable[..., Backbone]:
+    """The class behind a backbone's name.
+
+    Raises:
+        ConfigError: unknown name; the message lists the choices.
+    """
+    if name not in BACKBONES:
+        raise ConfigError(unknown("backbone", name, BACKBONES))
+    module, _, attribute = BACKBONES[name].partition(":")
+    found: Callable[..., Backbone] = getattr(import_module(module), attribute)
+    return found
+
+
+def build_backbone(
+    name: str,
+    train: Interactions,
+    features: Mapping[str, np.ndarray],
+    options: Mapping[str, Any],
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Backbone:
+    """Build a backbone with freshly drawn parameters.
+
+    Args:
+        name: of the backbone.
+        train: training interactions.
+        features: modality -> ``(n_items, dimension)``; one modality makes a teacher.
+        options: the backbone's own options, for example ``embedding_dim``.
+        seed: of the initialisation. Parameters are drawn on the CPU, so every device starts from the same ones.
+        device, dtype: where and in what precision it lives.
+
+    Raises:
+        ConfigError: unknown backbone or option.
+    """
+    build = backbone_class(name)
+    known = [p.name for p in signature(build).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise ConfigError(unknown(f"option of backbone {name}: model.", option, known))
+    tensors = {m: torch.from_numpy(np.array(x)).to(dtype) for m, x in features.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build(train, tensors, **options)
+    return backbone.to(device=device, dtype=dtype)

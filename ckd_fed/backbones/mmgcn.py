@@ -1,0 +1,125 @@
+r"""MMGCN: one graph-convolution branch per modality over the user-item graph, averaged (the form used by CKD).
+
+Wei, Wang, Nie, He, Hong, Chua. "MMGCN: Multi-modal Graph Convolution Network for Personalized Recommendation of Micro-video".
+ACM MM 2019, doi 10.1145/3343031.3351034.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ckd_fed.backbones.base import Backbone, Embeddings, View
+from ckd_fed.backbones.graph import Propagation, row_normalised_adjacency
+from ckd_fed.data.interactions import Interactions
+
+
+class Branch(nn.Module):
+    r"""Three propagation layers of one modality, with the ID embedding added to each.
+
+    .. math:: x \leftarrow \phi(G\,\phi(\hat A\, C x) + \phi(L x) + e_{id}), \quad x_0 = \mathrm{norm}([q; W f + b])
+
+    with phi the leaky ReLU (slope 0.01), C, G, L linear maps with bias, and A-hat the row-normalised adjacency with self loops.
+    """
+
+    LAYERS = 3
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Linear(dim, dim) for _ in range(self.LAYERS))
+        self.linear = nn.ModuleList(nn.Linear(dim, dim) for _ in range(self.LAYERS))
+        self.gate = nn.ModuleList(nn.Linear(dim, dim) for _ in range(self.LAYERS))
+
+    def reset_parameters(self) -> None:
+        for linear in (*self.conv, *self.linear, *self.gate):
+            linear.reset_parameters()  # type: ignore[operator]
+
+    def forward(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module) -> Tensor:
+        """Propagate several variants of the input at once.
+
+        Args:
+            x: ``(n_users + n_items, variants, d)``, not yet normalised.
+            id_embedding: ``(n_users + n_items, d)``.
+            propagate: multiplication by A-hat.
+
+        Returns:
+            ``(n_users + n_items, variants, d)``.
+        """
+        x = F.normalize(x, dim=-1)
+        shared = id_embedding[:, None]
+        for conv, linear, gate in zip(self.conv, self.linear, self.gate, strict=True):
+            h = F.leaky_relu(propagate(conv(x).flatten(1)).view_as(x))
+            x = F.leaky_relu(gate(h) + F.leaky_relu(linear(x)) + shared)
+        return x
+
+
+class MMGCN(Backbone):
+    r"""The embedding of a view is the mean of its branches, each with its modality present or absent.
+
+    A branch is propagated at most twice a step, present and absent side by side in one sparse product, however many views are asked
+    for. The users' preferences are Parameters (in the published code they are constants that differ in every process). A teacher,
+    built from one modality, is that modality's branch alone.
+
+    Args:
+        train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`; the training interactions are the graph.
+        embedding_dim: width of all embeddings.
+
+    Shapes:
+        embeddings ``(n, embedding_dim)``.
+    """
+
+    def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, embedding_dim: int = 64, l2: float = 1e-5) -> None:
+        super().__init__(train, features, l2=l2)
+        self.user_embedding = nn.Parameter(torch.empty(self.n_users, embedding_dim))
+        self.item_embedding = nn.Parameter(torch.empty(self.n_items, embedding_dim))
+        self.preference = nn.ParameterDict({m: nn.Parameter(torch.empty(self.n_users, embedding_dim)) for m in self.modalities})
+        self.projection = nn.ModuleDict({m: nn.Linear(x.shape[1], embedding_dim) for m, x in features.items()})
+        self.branch = nn.ModuleDict({m: Branch(embedding_dim) for m in self.modalities})
+        dtype = next(iter(features.values())).dtype
+        self.propagate = Propagation(row_normalised_adjacency(train), dtype)
+        for modality, matrix in features.items():
+            self.register_buffer(f"features_{modality}", matrix, persistent=False)
+            self.register_buffer(f"mean_features_{modality}", matrix.mean(0), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform ID embeddings, Xavier-normal preferences, torch's default for linear maps (as published)."""
+        for table in (self.user_embedding, self.item_embedding):
+            nn.init.xavier_uniform_(table)
+        for table in self.preference.values():
+            nn.init.xavier_normal_(table)
+        for linear in self.projection.values():
+            linear.reset_parameters()  # type: ignore[operator]
+        for branch in self.branch.values():
+            branch.reset_parameters()  # type: ignore[operator]
+
+    def branches(self, views: Sequence[View]) -> dict[tuple[str, bool], Tensor]:
+        """(modality, present) -> ``(n_users + n_items, d)``, for every combination that the views need, each computed once."""
+        id_embedding = torch.cat([self.user_embedding, self.item_embedding])
+        found = {}
+        for modality in self.modalities:
+            states = [state for state in (True, False) if any((modality in view) is state for view in views)]
+            variants = torch.stack([self._input(modality, state) for state in states], dim=1)
+            output = self.branch[modality](variants, id_embedding, self.propagate)
+            found.update({(modality, state): output[:, index] for index, state in enumerate(states)})
+        return found
+
+    def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:
+        """Full tables; branches are shared by the views."""
+        branches = self.branches(views)
+        tables = {}
+        for view in views:
+            mean = sum(branches[m, m in view] for m in self.modalities) / len(self.modalities)
+            assert isinstance(mean, Tensor)
+            tables[view] = Embeddings(mean[: self.n_users], mean[self.n_users :])
+        return tables
+
+    def _input(self, modality: str, present: bool) -> Tensor:
+        linear, preference = self.projection[modality], self.preference[modality]
+        if present:
+            return torch.cat([preference, linear(self.get_buffer(f"features_{modality}"))])
+        mean = linear(self.get_buffer(f"mean_features_{modality}"))
+        return torch.cat([preference.mean(0).expand(self.n_users, -1), mean.expand(self.n_items, -1)])

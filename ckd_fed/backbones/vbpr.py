@@ -1,0 +1,128 @@
+r"""VBPR: visual Bayesian personalised ranking, for any number of modalities (late fusion).
+
+He, McAuley. "VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback". AAAI 2016, arXiv:1510.01784.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ckd_fed.backbones.base import Backbone, Embeddings, StepOutput, Triples, View
+from ckd_fed.data.interactions import Interactions
+
+
+class VBPR(Backbone):
+    r"""User and item embeddings are concatenations of an ID block and one block per modality.
+
+    .. math:: e_u = [p_u \,|\, q_u^1 \,|\, q_u^2 \,|\dots], \quad e_i = [t_i \,|\, W_1 f_i^1 + b_1 \,|\, W_2 f_i^2 + b_2 \,|\dots]
+
+    A score is a sum over blocks, so margins of all views follow from block margins: an absent block adds the same constant to
+    every score of a user and cancels in every margin,
+
+    .. math:: d_V(u,i,j) = d_{id} + \sum_{m \in V} d_m .
+
+    A step therefore projects each modality once, whatever the number of views.
+
+    Args:
+        train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`.
+        embedding_dim: width of each block.
+
+    Shapes:
+        embeddings ``(n, (1 + number of modalities) * embedding_dim)``.
+    """
+
+    def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, embedding_dim: int = 64, l2: float = 1e-5) -> None:
+        super().__init__(train, features, l2=l2)
+        self.embedding_dim = embedding_dim
+        self.user_embedding = nn.Parameter(torch.empty(self.n_users, embedding_dim))
+        self.item_embedding = nn.Parameter(torch.empty(self.n_items, embedding_dim))
+        self.preference = nn.ParameterDict({m: nn.Parameter(torch.empty(self.n_users, embedding_dim)) for m in self.modalities})
+        self.projection = nn.ModuleDict({m: nn.Linear(x.shape[1], embedding_dim) for m, x in features.items()})
+        for modality, matrix in features.items():
+            self.register_buffer(f"features_{modality}", matrix, persistent=False)
+            self.register_buffer(f"mean_features_{modality}", matrix.mean(0), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform embeddings and preferences, torch's default for the projections (as published)."""
+        for table in (self.user_embedding, self.item_embedding, *self.preference.values()):
+            nn.init.xavier_uniform_(table)
+        for linear in self.projection.values():
+            linear.reset_parameters()  # type: ignore[operator]
+
+    def features(self, modality: str) -> Tensor:
+        """Item features of a modality, ``(n_items, dimension)``."""
+        return self.get_buffer(f"features_{modality}")
+
+    def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:
+        """Full tables, absent blocks included (as the published model lays them out)."""
+        blocks: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
+        for modality in self.modalities:
+            linear, preference = self.projection[modality], self.preference[modality]
+            if any(modality in view for view in views):
+                blocks[modality, True] = (preference, linear(self.features(modality)))
+            if any(modality not in view for view in views):
+                mean = linear(self.get_buffer(f"mean_features_{modality}"))
+                blocks[modality, False] = (preference.mean(0).expand(self.n_users, -1), mean.expand(self.n_items, -1))
+        return {
+            view: Embeddings(
+                torch.cat([self.user_embedding, *(blocks[m, m in view][0] for m in self.modalities)], dim=1),
+                torch.cat([self.item_embedding, *(blocks[m, m in view][1] for m in self.modalities)], dim=1),
+            )
+            for view in views
+        }
+
+    @torch.no_grad()
+    def ranking_embeddings(self, view: View) -> Embeddings:
+        """The ID block and the present blocks: absent ones shift all scores of a user alike."""
+        present = [m for m in self.modalities if m in view]
+        return Embeddings(
+            torch.cat([self.user_embedding, *(self.preference[m] for m in present)], dim=1),
+            torch.cat([self.item_embedding, *(self.projection[m](self.features(m)) for m in present)], dim=1),
+        )
+
+    def step(
+        self,
+        ranking: Triples,
+        ranking_views: Sequence[View] = (),
+        distillation: Triples | None = None,
+        distillation_views: Sequence[View] = (),
+    ) -> StepOutput:
+        """One gather per table over both batches, then block margins; see the class docstring."""
+        batches = [ranking] if distillation is None else [ranking, distillation]
+        users = torch.cat([batch.users for batch in batches])  # (n,)
+        items = torch.cat([batch.first for batch in batches] + [batch.second for batch in batches])  # (2n,)
+        n, size = len(users), len(ranking)
+
+        user_rows, first_rows, second_rows, margins = [], [], [], {}  # the ranking batch's rows, block by block
+        for block in (None, *self.modalities):
+            user = F.embedding(users, self.user_embedding if block is None else self.preference[block])  # (n, d)
+            item = F.embedding(items, self.item_embedding) if block is None else self._project(block, items)  # (2n, d)
+            margins[block] = (user * (item[:n] - item[n:])).sum(-1)
+            user_rows.append(user[:size])
+            first_rows.append(item[:size])
+            second_rows.append(item[n : n + size])
+
+        def margin(view: View, part: slice) -> Tensor:
+            return sum((margins[m][part] for m in self.modalities if m in view), margins[None][part])
+
+        output = StepOutput({}, {}, {})
+        for view in dict.fromkeys([self.joint, *ranking_views]):
+            output.ranking[view] = margin(view, slice(0, size))
+        if distillation is not None:
+            for view in distillation_views:
+                output.distillation[view] = margin(view, slice(size, n))
+        rows = (torch.cat(user_rows, 1), torch.cat(first_rows, 1), torch.cat(second_rows, 1))
+        output.loss_terms = self.recommendation_loss(output.ranking[self.joint], *rows)
+        return output
+
+    def _project(self, modality: str, items: Tensor) -> Tensor:
+        """Projected features of some items, ``(len(items), d)``: of the rows asked for or of the catalogue, whichever is fewer."""
+        features, linear = self.features(modality), self.projection[modality]
+        if len(items) < self.n_items:
+            return linear(F.embedding(items, features))
+        return F.embedding(items, linear(features))

@@ -1,0 +1,122 @@
+"""User-item interactions as a compressed row matrix of item ids, and the strict reading of the split files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ckd_fed.errors import DataError
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Items of every user, ascending, in CSR form.
+
+    Attributes:
+        indptr: shape ``(n_users + 1,)`` int64; the items of user u are ``items[indptr[u]:indptr[u + 1]]``.
+        items: shape ``(n,)`` int64, ascending within a user.
+        n_items: number of items that exist.
+    """
+
+    indptr: np.ndarray
+    items: np.ndarray
+    n_items: int
+
+    @classmethod
+    def from_pairs(cls, users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> Interactions:
+        """Build from two equally long id arrays in any order."""
+        order = np.lexsort((items, users))
+        counts = np.bincount(users, minlength=n_users)
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return cls(indptr, np.ascontiguousarray(items[order], dtype=np.int64), n_items)
+
+    @property
+    def n_users(self) -> int:
+        return len(self.indptr) - 1
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def degree(self) -> np.ndarray:
+        """Items of each user, shape ``(n_users,)``."""
+        return np.diff(self.indptr)
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """User of each entry, shape ``(n,)``."""
+        return np.repeat(np.arange(self.n_users), self.degree)
+
+    @cached_property
+    def users(self) -> np.ndarray:
+        """Users that have at least one item, ascending."""
+        return np.flatnonzero(self.degree)
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """``user * n_items + item`` of every entry, ascending: membership is one binary search."""
+        return self.row * self.n_items + self.items
+
+    def contains(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether each pair is an interaction; the arguments are broadcast against each other."""
+        wanted = np.asarray(users, dtype=np.int64) * self.n_items + items
+        if not len(self.keys):
+            return np.zeros(wanted.shape, dtype=bool)
+        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return self.keys[at] == wanted
+
+
+def read_split_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read one ``{"user id": [item ids]}`` file.
+
+    Returns:
+        Users and items, two int64 arrays of one entry an interaction. Users without items are simply absent.
+
+    Raises:
+        DataError: missing or damaged file, ids that are no non-negative integers, a user listed twice or an item twice for a user.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; a dataset needs train.json, val.json and test.json")
+
+    def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise DataError(f"{path}: user {twice} is listed twice")
+        return table
+
+    try:
+        table = json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged or truncated: {error}") from None
+    if not isinstance(table, dict):
+        raise DataError(f'{path} holds a {type(table).__name__}; {{"user id": [item ids]}} is needed')
+    users: list[int] = []
+    items: list[int] = []
+    for key, row in table.items():
+        if not (key.isascii() and key.isdigit()):
+            raise DataError(f"{path}: user id {key!r} is not a non-negative integer")
+        if not isinstance(row, list) or not all(type(item) is int for item in row):
+            raise DataError(f"{path}: the items of user {key} are {str(row)[:60]}; a list of integer item ids is needed")
+        users.extend([int(key)] * len(row))
+        items.extend(row)
+    if not users:
+        raise DataError(f"{path} is empty: it holds no interaction")
+    if max(max(users), max(items)) >= 2**40 or min(items) < 0:
+        worst = max(users) if max(users) >= 2**40 else (min(items) if min(items) < 0 else max(items))
+        raise DataError(f"{path}: id {worst} is out of range; ids run from 0 without gaps")
+    user_ids, item_ids = np.array(users, dtype=np.int64), np.array(items, dtype=np.int64)
+    order = np.lexsort((item_ids, user_ids))
+    repeated = (np.diff(user_ids[order]) == 0) & (np.diff(item_ids[order]) == 0)
+    if repeated.any():
+        at = order[np.flatnonzero(repeated)[0]]
+        raise DataError(
+            f"{path}: user {user_ids[at]} has item {item_ids[at]} twice ({int(repeated.sum())} doubled in all); list each interaction once"
+        )
+    return user_ids, item_ids

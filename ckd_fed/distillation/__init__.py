@@ -1,0 +1,1 @@
+"""Counterfactual knowledge distillation: losses, causal effects and the weighting that joins them."""

@@ -1,0 +1,44 @@
+"""Soft scores as sheets of margins: the only thing that leaves a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ckd_fed.backbones.base import Embeddings
+from ckd_fed.data.triples import StepTriples
+from ckd_fed.distillation.objective import TeacherMargins
+
+DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+
+
+@torch.no_grad()
+def margin_sheet(teacher: Embeddings, steps: Sequence[StepTriples], dtype: np.dtype) -> np.ndarray:
+    """A teacher's margins for the triples of some steps.
+
+    Args:
+        teacher: the teacher's embedding tables.
+        steps: triples, in order; all of the same B and K.
+        dtype: float16 (as sent by default) or float32. Margins beyond the range of float16 are clipped to it.
+
+    Returns:
+        ``(len(steps), B + K)``: ranking margins, then distillation margins.
+    """
+    device, limit = teacher.users.device, float(np.finfo(dtype).max)
+    sheet = np.empty((len(steps), steps[0].ranking.shape[1] + steps[0].distillation.shape[1]), dtype=dtype)
+    for row, triples in zip(sheet, steps, strict=True):
+        users, first, second = torch.from_numpy(np.concatenate([triples.ranking, triples.distillation], axis=1)).long().to(device)
+        margin = (teacher.users[users] * (teacher.items[first] - teacher.items[second])).sum(-1)
+        row[:] = margin.clamp(-limit, limit).cpu().numpy()
+    return sheet
+
+
+def teacher_margins(sheets: Mapping[str, np.ndarray], row: int, batch_size: int, like: torch.Tensor) -> dict[str, TeacherMargins]:
+    """One step's rows of all teachers' sheets, as tensors of the dtype and device of ``like``."""
+    found = {}
+    for modality, sheet in sheets.items():
+        margins = torch.from_numpy(sheet[row]).to(device=like.device, dtype=like.dtype)
+        found[modality] = TeacherMargins(margins[:batch_size], margins[batch_size:])
+    return found

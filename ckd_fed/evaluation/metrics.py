@@ -1,0 +1,75 @@
+"""Ranking metrics from a 0/1 hit matrix, streamed over blocks of users.
+
+NDCG comes in two variants, never mixed:
+
+- ``ndcg@K``: the standard one; the ideal DCG puts min(K, number of relevant items) hits first.
+- ``ndcg_retrieved@K``: as the published code of LATTICE and CKD has it; the ideal order is that of the hits *retrieved* in the list
+  of the largest K, so a user with one hit at rank 1 scores 1 however many items were missed. Only for comparison with their tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+NAMES = ("recall", "ndcg", "precision", "hit_rate", "ndcg_retrieved")
+
+
+@dataclass
+class RankingMetrics:
+    """Sums over users that can be updated block by block and merged between workers.
+
+    Attributes:
+        ks: cut-offs, ascending.
+        sums: ``"recall@20"`` and the like -> sum over users.
+        n_users: users counted.
+    """
+
+    ks: tuple[int, ...] = (10, 20)
+    sums: dict[str, float] = field(default_factory=dict)
+    n_users: int = 0
+
+    def update(self, hits: np.ndarray, n_relevant: np.ndarray) -> None:
+        """Add a block of users.
+
+        Args:
+            hits: ``(n, max(ks))`` bool, whether the item at each rank is relevant.
+            n_relevant: ``(n,)``, relevant items of each user, all positive.
+        """
+        n, longest = hits.shape
+        discount = 1.0 / np.log2(np.arange(2, longest + 2))
+        ideal = np.concatenate([[0.0], np.cumsum(discount)])  # ideal[n]: DCG of n hits at the top
+        gains = np.cumsum(hits * discount, axis=1)
+        counts = np.cumsum(hits, axis=1)
+        retrieved = counts[:, -1]
+        for k in self.ks:
+            dcg, hit = gains[:, k - 1], counts[:, k - 1]
+            best_retrieved = ideal[np.minimum(retrieved, k)]
+            values = {
+                "recall": hit / n_relevant,
+                "ndcg": dcg / ideal[np.minimum(n_relevant, k)],
+                "precision": hit / k,
+                "hit_rate": hit > 0,
+                "ndcg_retrieved": np.divide(dcg, best_retrieved, out=np.zeros_like(dcg), where=best_retrieved > 0),
+            }
+            for name in NAMES:
+                key = f"{name}@{k}"
+                self.sums[key] = self.sums.get(key, 0.0) + float(values[name].sum())
+        self.n_users += n
+
+    def merge(self, sums: Mapping[str, float], n_users: int) -> None:
+        """Add another worker's sums."""
+        for key, value in sums.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        self.n_users += n_users
+
+    def compute(self) -> dict[str, float]:
+        """Means over users; empty if no user was counted."""
+        return {key: value / self.n_users for key, value in self.sums.items()} if self.n_users else {}
+
+
+def metric_keys(ks: Sequence[int]) -> tuple[str, ...]:
+    """All metric keys for some cut-offs."""
+    return tuple(f"{name}@{k}" for k in ks for name in NAMES)

@@ -1,0 +1,59 @@
+"""Rank every item for every user that has held-out items, in blocks of users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ckd_fed.backbones.base import Embeddings
+from ckd_fed.data.interactions import Interactions
+from ckd_fed.errors import TrainingError
+from ckd_fed.evaluation.metrics import RankingMetrics
+
+_BLOCK_SCORES = 1 << 23  # scores held at a time: 32 MB in float32
+
+
+@torch.no_grad()
+def evaluate(
+    embeddings: Embeddings, train: Interactions, held_out: Interactions, ks: Sequence[int] = (10, 20), share: tuple[int, int] = (0, 1)
+) -> RankingMetrics:
+    """Full ranking with the users' training items masked.
+
+    As in the published protocol: all items compete, validation items are not masked at test time, and users without training items
+    count like others.
+
+    Args:
+        embeddings: tables whose inner products are the scores, on any device.
+        train: items to mask.
+        held_out: relevant items; users without any are not counted.
+        ks: cut-offs.
+        share: (w, W): of the users with held-out items, count those at positions congruent to w modulo W.
+
+    Raises:
+        TrainingError: an embedding is not finite.
+    """
+    for table in embeddings:
+        if not torch.isfinite(table).all():
+            raise TrainingError("the embeddings hold NaN or infinite values, so nothing can be ranked; lower training.learning-rate")
+    worker, workers = share
+    users = held_out.users[worker::workers]
+    longest = min(max(ks), train.n_items)
+    metrics = RankingMetrics(tuple(sorted(ks)))
+    items, device = embeddings.items.T.contiguous(), embeddings.items.device
+    block = max(1, _BLOCK_SCORES // train.n_items)
+    for start in range(0, len(users), block):
+        chunk = users[start : start + block]
+        scores = embeddings.users[torch.from_numpy(chunk).to(device)] @ items  # (b, n_items)
+        degree = train.degree[chunk]
+        first = np.repeat(train.indptr[chunk] - np.concatenate([[0], np.cumsum(degree)[:-1]]), degree)
+        seen = train.items[first + np.arange(degree.sum())]
+        row = np.repeat(np.arange(len(chunk)), degree)
+        scores[torch.from_numpy(row).to(device), torch.from_numpy(seen).to(device)] = -torch.inf
+        top = scores.topk(longest, dim=1).indices.cpu().numpy()  # (b, K)
+        hits = held_out.contains(chunk[:, None], top)
+        if longest < max(ks):  # fewer items than K: the list ends early
+            hits = np.pad(hits, ((0, 0), (0, max(ks) - longest)))
+        metrics.update(hits, held_out.degree[chunk])
+    return metrics

@@ -1,0 +1,1 @@
+"""Training: the step loop, early stopping, and the central run that never touches Flower."""

@@ -1,0 +1,102 @@
+"""Training with validation and early stopping, cut into stretches of any length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ckd_fed.data.triples import StepTriples
+from ckd_fed.training.early_stopping import EarlyStopping
+from ckd_fed.training.trainer import Trainer, Values
+
+Sheets = Mapping[str, np.ndarray]
+OnValidation = Callable[[Values], None]
+
+METRIC = "recall@20"
+
+
+class Fit:
+    """Trains until early stopping or the last epoch, keeping the best parameters.
+
+    A node that trains in stretches makes a new Fit for each, sets the state and calls :meth:`advance`; the result is that of one
+    uninterrupted call.
+
+    Args:
+        trainer: what is trained.
+        max_epochs: last epoch at the latest.
+        validate_every: epochs between validations.
+        patience: see :class:`~ckd_fed.training.early_stopping.EarlyStopping`.
+
+    Attributes:
+        epoch: epochs trained so far.
+        stopping: the state of early stopping.
+        best: parameters at the best validation; empty before the first.
+    """
+
+    def __init__(self, trainer: Trainer, *, max_epochs: int, validate_every: int, patience: int) -> None:
+        self.trainer = trainer
+        self.max_epochs = max_epochs
+        self.validate_every = validate_every
+        self.epoch = 0
+        self.stopping = EarlyStopping(patience)
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def done(self) -> bool:
+        return self.stopping.stop or self.epoch >= self.max_epochs
+
+    def advance(
+        self,
+        epochs: int | None = None,
+        *,
+        sheets: Callable[[Sequence[StepTriples]], Sheets] | None = None,
+        on_validation: OnValidation | None = None,
+    ) -> list[Values]:
+        """Train on, by default to the end.
+
+        Args:
+            epochs: how many epochs at most.
+            sheets: an epoch's triples -> the teachers' margins for them; for a distilled student.
+            on_validation: called with each row as it comes.
+
+        Returns:
+            One row a validation: ``epoch``, training means since the one before, validation metrics (``val/<metric>``, and
+            ``only/m/<metric>`` for a backbone of several modalities), ``gain`` (1 or 0) and ``seconds``.
+        """
+        rows: list[Values] = []
+        last = self.max_epochs if epochs is None else min(self.max_epochs, self.epoch + epochs)
+        pending: list[Values] = []
+        started = time.monotonic()
+        while self.epoch < last and not self.stopping.stop:
+            steps = self.trainer.stream.epoch(self.epoch, self.trainer.share)
+            pending.append(self.trainer.train_epoch(self.epoch, sheets(steps) if sheets else None, steps))
+            self.epoch += 1
+            if self.epoch % self.validate_every and self.epoch != self.max_epochs:
+                continue
+            row = {"epoch": float(self.epoch), **mean_values(pending), **validate(self.trainer)}
+            gain = self.stopping.update(row[f"val/{METRIC}"], self.epoch)
+            if gain:
+                self.best = self.trainer.snapshot()
+            row.update(gain=float(gain), seconds=time.monotonic() - started)
+            pending, started = [], time.monotonic()
+            rows.append(row)
+            if on_validation:
+                on_validation(row)
+        return rows
+
+
+def validate(trainer: Trainer) -> Values:
+    """Validation metrics: the joint view's as ``val/<metric>``, each modality's as ``only/m/<metric>``."""
+    values = trainer.diagnose(trainer.dataset.val)
+    return {name if name.startswith("only/") else f"val/{name}": value for name, value in values.items()}
+
+
+def mean_values(rows: Sequence[Values], weights: Sequence[float] | None = None) -> Values:
+    """Weighted mean of rows with the same keys; empty for no rows."""
+    if not rows:
+        return {}
+    shares = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=float)
+    return {name: float(np.dot(shares, [row[name] for row in rows]) / shares.sum()) for name in rows[0]}

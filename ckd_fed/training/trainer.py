@@ -1,0 +1,171 @@
+"""The training loop of teachers and students."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckd_fed.backbones.base import Backbone, Embeddings, Triples, View
+from ckd_fed.data.dataset import Dataset
+from ckd_fed.data.interactions import Interactions
+from ckd_fed.data.triples import StepTriples, TripleStream
+from ckd_fed.distillation.margins import teacher_margins
+from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput, PlainObjective
+from ckd_fed.errors import TrainingError
+from ckd_fed.evaluation.ranking import evaluate
+
+Values = dict[str, float]
+
+
+class Trainer:
+    """Trains one backbone step by step with Adam, and validates it.
+
+    Without sheets of margins the backbone's own loss is minimised (a teacher or a plain student); with them the distillation
+    objective is.
+
+    Args:
+        backbone: what is trained; lives on its device already.
+        dataset: interactions for sampling and validation.
+        stream: the triples; K = 0 for a teacher or plain student.
+        learning_rate: of Adam.
+        objective: of a distilled student; None trains on the backbone's own loss.
+        ks: cut-offs of the metrics.
+        share: (w, W): this worker's share of every epoch's steps.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        dataset: Dataset,
+        stream: TripleStream,
+        *,
+        learning_rate: float,
+        objective: DistillationObjective | None = None,
+        ks: Sequence[int] = (10, 20),
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.backbone = backbone
+        self.dataset = dataset
+        self.stream = stream
+        self.objective = objective
+        self.ks = tuple(ks)
+        self.share = share
+        self.optimizer = torch.optim.Adam(backbone.parameters(), lr=learning_rate, fused=True)
+        self._plain = PlainObjective()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    def train_epoch(self, epoch: int, sheets: Mapping[str, np.ndarray] | None = None, steps: Sequence[StepTriples] | None = None) -> Values:
+        """Train one epoch (this worker's share of its steps).
+
+        Args:
+            epoch: counts from 0; decides the triples.
+            sheets: modality -> margins of this epoch's steps, ``(steps, B + K)``; needed exactly if there is an objective.
+            steps: the epoch's triples where the caller has them already.
+
+        Returns:
+            Means over the steps: ``loss/total`` and its terms; with distillation, per modality m ``effect/m``, ``effect_share/m``,
+            ``weight/m``, ``specific/m`` and ``generic/m``.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        if (self.objective is None) != (sheets is None):
+            raise ValueError("sheets of margins are needed exactly if there is a distillation objective")
+        if steps is None:
+            steps = self.stream.epoch(epoch, self.share)
+        like = next(self.backbone.parameters())
+        sums: dict[str, Tensor] = {}
+        self.backbone.train()
+        for row, triples in enumerate(steps):
+            ranking = _triples(triples.ranking, self.device)
+            if self.objective is None or sheets is None:
+                output = self._plain(self.backbone, ranking)
+            else:
+                margins = teacher_margins(sheets, row, len(ranking), like)
+                output = self.objective(self.backbone, ranking, _triples(triples.distillation, self.device), margins)
+            self.optimizer.zero_grad(set_to_none=True)
+            output.loss.backward()
+            self.optimizer.step()
+            _accumulate(sums, output)
+        values = {name: float(total) / max(1, len(steps)) for name, total in sums.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
+        effects = {name.removeprefix("effect/"): value for name, value in values.items() if name.startswith("effect/")}
+        values.update({f"effect_share/{m}": effect / sum(effects.values()) for m, effect in effects.items()})
+        return values
+
+    def evaluate(self, held_out: Interactions, view: View | None = None, share: tuple[int, int] = (0, 1)) -> Values:
+        """Ranking metrics of one view, by default the joint one."""
+        self.backbone.eval()
+        embeddings = self.backbone.ranking_embeddings(self.backbone.joint if view is None else view)
+        return evaluate(embeddings, self.dataset.train, held_out, self.ks, share).compute()
+
+    def diagnose(self, held_out: Interactions) -> Values:
+        """Joint metrics by their name, and each modality's ``only m`` metrics as ``only/m/<metric>``."""
+        values = self.evaluate(held_out)
+        if len(self.backbone.modalities) > 1:
+            for modality in self.backbone.modalities:
+                only = self.evaluate(held_out, self.backbone.only(modality))
+                values.update({f"only/{modality}/{name}": value for name, value in only.items()})
+        return values
+
+    def embeddings(self) -> Embeddings:
+        """Detached joint tables, for ranking and for margins."""
+        self.backbone.eval()
+        return self.backbone.ranking_embeddings(self.backbone.joint)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of all parameters, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.backbone.state_dict().items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Load parameters saved by :meth:`snapshot`."""
+        self.backbone.load_state_dict(dict(state))
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Adam's state as named tensors: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``. Empty before the first step."""
+        named = {}
+        for name, parameter in self.backbone.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                named[f"{name}/{key}"] = value.detach().cpu().clone()
+        return named
+
+    def load_optimizer_state(self, named: Mapping[str, Tensor]) -> None:
+        """Load what :meth:`optimizer_state` gave."""
+        state = copy.copy(self.optimizer.state_dict())
+        state["state"] = {
+            index: {key: named[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for index, (name, _) in enumerate(self.backbone.named_parameters())
+            if f"{name}/step" in named
+        }
+        self.optimizer.load_state_dict(state)
+
+
+def _triples(array: np.ndarray, device: torch.device) -> Triples:
+    return Triples(*torch.from_numpy(array).long().to(device))
+
+
+def _accumulate(sums: dict[str, Tensor], output: ObjectiveOutput) -> None:
+    """Add a step's numbers, on the device and without waiting for it."""
+    values = {"loss/total": output.loss, **{f"loss/{name}": term for name, term in output.terms.items()}}
+    for modality, part in output.modalities.items():
+        values.update(
+            {
+                f"effect/{modality}": part.effect.mean(),
+                f"weight/{modality}": part.weight.mean(),
+                f"specific/{modality}": part.specific.mean(),
+                f"generic/{modality}": part.generic,
+            }
+        )
+    for name, value in values.items():
+        value = value.detach().double()
+        sums[name] = sums[name] + value if name in sums else value
