@@ -11,7 +11,7 @@ from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.objective import TeacherMargins
 
-DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class Fit:
 
 def validate(trainer: Trainer) -> Values:
     """Validation metrics: the joint view's as ``val/<metric>``, each modality's as ``only/m/<metric>``."""
-    values = trainer.diagnose(trainer.dataset.val)
+    values = trainer.diagnose(trainer.dataset.val).compute()
     return {name if name.startswith("only/") else f"val/{name}": value for name, value in values.items()}
 
 

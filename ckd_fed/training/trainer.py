@@ -17,6 +17,7 @@ from ckd_fed.data.triples import StepTriples, TripleStream
 from ckd_fed.distillation.margins import teacher_margins
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput, PlainObjective
 from ckd_fed.errors import TrainingError
+from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
 
 Values = dict[str, float]
@@ -103,20 +104,20 @@ class Trainer:
         values.update({f"effect_share/{m}": effect / sum(effects.values()) for m, effect in effects.items()})
         return values
 
-    def evaluate(self, held_out: Interactions, view: View | None = None, share: tuple[int, int] = (0, 1)) -> Values:
-        """Ranking metrics of one view, by default the joint one."""
+    def rank(self, held_out: Interactions, view: View | None = None, share: tuple[int, int] = (0, 1)) -> RankingMetrics:
+        """Ranking metrics of one view, by default the joint one, over a share of the users."""
         self.backbone.eval()
         embeddings = self.backbone.ranking_embeddings(self.backbone.joint if view is None else view)
-        return evaluate(embeddings, self.dataset.train, held_out, self.ks, share).compute()
+        return evaluate(embeddings, self.dataset.train, held_out, self.ks, share)
 
-    def diagnose(self, held_out: Interactions) -> Values:
+    def diagnose(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> RankingMetrics:
         """Joint metrics by their name, and each modality's ``only m`` metrics as ``only/m/<metric>``."""
-        values = self.evaluate(held_out)
+        metrics = self.rank(held_out, share=share)
         if len(self.backbone.modalities) > 1:
             for modality in self.backbone.modalities:
-                only = self.evaluate(held_out, self.backbone.only(modality))
-                values.update({f"only/{modality}/{name}": value for name, value in only.items()})
-        return values
+                only = self.rank(held_out, self.backbone.only(modality), share)
+                metrics.sums.update({f"only/{modality}/{name}": total for name, total in only.sums.items()})
+        return metrics
 
     def embeddings(self) -> Embeddings:
         """Detached joint tables, for ranking and for margins."""

@@ -1,0 +1,52 @@
+"""Where things live on a machine, and writing files so that no reader ever sees half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from ckd_fed import __version__
+from ckd_fed.config import Config
+from ckd_fed.errors import ConfigError
+
+
+def home(config: Config, node_config: Mapping[str, object] | None = None) -> Path:
+    """The folder of data, runs and workspaces: the node's own ``home``, else the configuration's, else $CKD_FED_HOME, else ~/.ckd_fed.
+
+    Never the current directory: under Flower it belongs to somebody else.
+    """
+    given = str((node_config or {}).get("home", "")) or config.home or os.environ.get("CKD_FED_HOME", "")
+    path = Path(given).expanduser() if given else Path.home() / ".ckd_fed"
+    if not path.is_absolute():
+        raise ConfigError(f"home is {given!r}; an absolute path is needed, because Flower starts the apps in folders of its own")
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under another name in the same folder, flush it to disk, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@cache
+def code_version() -> str:
+    """Version and hash of the installed sources, for example ``0.1.0+3f2a9c81``: nodes of one run must agree on it."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for package in (root, root.parent / "server", root.parent / "clients"):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:8]}"

@@ -1,0 +1,94 @@
+"""What a person sees: one line per event, fit for a log, and a final table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ckd_fed.tracking.record import RunResult
+
+Values = Mapping[str, float]
+WIDTH = 118
+
+
+def write(line: str) -> None:
+    """Print at once: under Flower stdout is a pipe."""
+    print(line, flush=True)
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people: ``1.4 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} GB"
+
+
+def pretraining_line(number: int, reports: Mapping[str, Sequence[Values]], seconds: float, n_bytes: int) -> str:
+    """Round of phase 1: each teacher's epoch and validation Recall@20."""
+    parts = []
+    for name, rows in reports.items():
+        if not rows:
+            continue
+        last = rows[-1]
+        best = max(row["val/recall@20"] for row in rows)
+        state = f"epoch {last['epoch']:.0f} loss {last['loss/total']:.4f} val R@20 {last['val/recall@20']:.4f} (round's best {best:.4f})"
+        parts.append(f"{name.removeprefix('teacher/')}: {state}{' converged' if last.get('done') else ''}")
+    return f"round {number:>3} teachers   {' | '.join(parts)} | {seconds:.1f} s{_traffic(n_bytes)}"
+
+
+def distillation_line(number: int, values: Values, modalities: Sequence[str]) -> str:
+    """Round of phase 2: losses, validation, and per modality effect, weight and recall against its teacher."""
+    parts = [
+        f"round {number:>3} distilling epoch {values['epoch']:.0f} loss {values['loss/total']:.4f} (bpr {values.get('loss/bpr', 0.0):.4f}"
+        + (f" kd {values['loss/kd']:.4f})" if "loss/kd" in values else ")")
+        + f" val R@20 {values['val/recall@20']:.4f}{' *' if values.get('gain') else '  '}"
+    ]
+    for m in modalities:
+        text = m
+        if f"effect/{m}" in values:
+            text += f": effect {values[f'effect/{m}']:.2f} weight {values[f'weight/{m}']:.2f}"
+        text += f" only {values[f'only/{m}/recall@20']:.4f}"
+        if f"teacher/{m}/recall@20" in values:
+            text += f"/{values[f'teacher/{m}/recall@20']:.4f} ({values[f'reached/{m}']:.0%})"
+        parts.append(text)
+    return " | ".join([*parts, f"{values['seconds']:.1f} s{_traffic(values.get('bytes', 0))}"])
+
+
+def final_table(result: RunResult) -> str:
+    """Test metrics of every model, and how much of each teacher the student has reached."""
+    columns = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
+    table = Table(title="test set, all items ranked (NDCG: standard)", title_justify="left", title_style="bold")
+    table.add_column("model")
+    table.add_column("best epoch", justify="right")
+    for name in columns:
+        table.add_column(name.replace("recall", "Recall").replace("ndcg", "NDCG"), justify="right")
+    for m in result.modalities:
+        table.add_column(f"reached {m}", justify="right")
+    for name, outcome in result.outcomes.items():
+        reached = result.reached(name)
+        label = {"plain": "plain student", "student": "distilled student"}.get(name, f"teacher {name.removeprefix('teacher/')}")
+        if name == "student" and not any(key.startswith("teacher/") for key in result.outcomes):
+            label = "student (no distillation)"
+        cells = [f"{outcome.test.get(column, float('nan')):.4f}" for column in columns]
+        table.add_row(label, str(outcome.best_epoch), *cells, *(f"{reached[m]:.0%}" if m in reached else "" for m in result.modalities))
+        for m in result.modalities:
+            if f"only/{m}/recall@20" in outcome.test:
+                cells = [f"{outcome.test.get(f'only/{m}/{column}', float('nan')):.4f}" for column in columns]
+                table.add_row(f"  its {m} view", "", *cells, *("" for _ in result.modalities))
+    out = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    out.print(table)
+    out.print("reached m: Recall@20 of the student's own m view over that of teacher m (100 % = all that the modality can do).", highlight=False)
+    text = out.file
+    assert isinstance(text, io.StringIO)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _traffic(n_bytes: float) -> str:
+    return f", {size(n_bytes)}" if n_bytes else ""

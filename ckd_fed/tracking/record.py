@@ -1,0 +1,190 @@
+"""The record of a run: ``metrics.jsonl``, flushed and fsynced row by row, mirrored to Weights & Biases and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ckd_fed.config import Config
+from ckd_fed.errors import ConfigError, DataError
+from ckd_fed.home import write_atomically
+from ckd_fed.tracking import console
+
+Values = Mapping[str, float]
+
+
+class Mirror(Protocol):
+    """Receives every row after it is safe in ``metrics.jsonl``; must not raise."""
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """How one model of a run ended.
+
+    Attributes:
+        best_epoch: epoch of the best validation.
+        epochs: epochs trained.
+        validation: the best Recall@20 on validation.
+        test: metrics on test, ``only/m/...`` included for a student.
+    """
+
+    best_epoch: int
+    epochs: int
+    validation: float
+    test: dict[str, float]
+
+
+@dataclass
+class RunResult:
+    """Everything that a run arrived at, by name: ``teacher/<m>``, ``plain``, ``student``.
+
+    Attributes:
+        outcomes: name -> outcome.
+        modalities: in order.
+        directory: of the run.
+    """
+
+    modalities: tuple[str, ...]
+    directory: Path
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, float]:
+        """Flat numbers for ``metrics.jsonl`` and W&B: ``final/<name>/<metric>`` and ``final/reached/<m>``."""
+        flat: dict[str, float] = {}
+        for name, outcome in self.outcomes.items():
+            flat[f"final/{name}/best_epoch"] = outcome.best_epoch
+            flat[f"final/{name}/val/recall@20"] = outcome.validation
+            flat.update({f"final/{name}/test/{metric}": value for metric, value in outcome.test.items()})
+        flat.update({f"final/reached/{m}": value for m, value in self.reached("student").items()})
+        return flat
+
+    def reached(self, student: str) -> dict[str, float]:
+        """Modality -> Recall@20 of the student's ``only m`` ranking over its teacher's, on test: 1 = fully optimised."""
+        ratios = {}
+        for m in self.modalities:
+            teacher, taught = self.outcomes.get(f"teacher/{m}"), self.outcomes.get(student)
+            if teacher and taught and f"only/{m}/recall@20" in taught.test:
+                ratios[m] = ratio(taught.test[f"only/{m}/recall@20"], teacher.test["recall@20"])
+        return ratios
+
+
+def ratio(reached: float, possible: float) -> float:
+    """reached / possible; 0 where nothing was possible."""
+    return reached / possible if possible > 0 else 0.0
+
+
+class Record:
+    """Writes a run's directory.
+
+    ::
+
+        <home>/runs/<run>/config.yaml       as resolved
+                          metrics.jsonl     one JSON object a line, each flushed to disk before the run goes on
+                          checkpoints/      best.safetensors
+                          wandb/            what W&B writes
+
+    Rows carry ``event`` (``start``, ``validation``, ``round``, ``final``), ``time``, and ``round``, a counter over both phases.
+
+    Args:
+        directory: of the run; must not hold a run already.
+        config: the resolved configuration.
+        mirrors: made when the directory exists, with it as argument.
+        write: prints one line.
+    """
+
+    def __init__(
+        self, directory: Path, config: Config, mirrors: Sequence[Callable[[Path], Mirror]] = (), write: Callable[[str], None] = console.write
+    ) -> None:
+        self.directory = directory
+        self.write = write
+        if (directory / "metrics.jsonl").exists():
+            raise ConfigError(f"{directory} holds a run already; choose another name, or leave name empty for one made from the time")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(directory / "config.yaml", config.to_yaml().encode())
+            self._file = (directory / "metrics.jsonl").open("ab")
+        except OSError as error:
+            raise DataError(f"the run's directory {directory} cannot be written: {error}") from None
+        self._mirrors = [make(directory) for make in mirrors]
+
+    def row(self, event: str, **values: Any) -> None:
+        """Append a row to ``metrics.jsonl`` and hand it to the mirrors. NaN and infinities are written as null."""
+        row = {"event": event, "time": round(time.time(), 3), **values}
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(clean).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for mirror in self._mirrors:
+            mirror.log(clean)
+
+    def start(self, description: str, **values: Any) -> None:
+        """Say what runs where."""
+        self.row("start", description=description, **values)
+        self.write(description)
+        self.write(f"run directory: {self.directory}")
+
+    def pretraining_round(self, number: int, reports: Mapping[str, Sequence[Values]], seconds: float, n_bytes: int = 0) -> None:
+        """A round of phase 1.
+
+        Args:
+            number: of the round.
+            reports: ``teacher/<m>`` or ``plain`` -> rows of :meth:`~ckd_fed.training.fit.Fit.advance`.
+            seconds: wall time of the round.
+            n_bytes: sent and received.
+        """
+        merged: dict[str, float] = {}
+        for name, rows in reports.items():
+            for row in rows:
+                self.row("validation", phase="teachers", round=number, **{f"{name}/{key}": value for key, value in row.items()})
+            if rows:
+                merged.update({f"{name}/{key}": value for key, value in rows[-1].items()})
+        self.row("round", phase="teachers", round=number, **{**merged, "seconds": seconds, "bytes": n_bytes})
+        self.write(console.pretraining_line(number, reports, seconds, n_bytes))
+
+    def distillation_round(self, number: int, values: Values, modalities: Sequence[str]) -> None:
+        """A round of phase 2; ``values`` holds ``epoch``, losses, ``val/…``, per-modality numbers, ``seconds`` and ``bytes``."""
+        self.row("round", phase="distillation", round=number, **values)
+        self.write(console.distillation_line(number, values, modalities))
+
+    def finish(self, result: RunResult, seconds: float) -> None:
+        """Write the final row and print the final table."""
+        self.row("final", seconds=seconds, **result.summary())
+        for mirror in self._mirrors:
+            mirror.finish(result.summary())
+        self.write(console.final_table(result))
+        self.close()
+
+    def fail(self, reason: str) -> None:
+        """Record why the run ended early."""
+        self.row("failed", reason=reason)
+        for mirror in self._mirrors:
+            mirror.finish({"failed": reason})
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def run_name(config: Config, suffix: str = "") -> str:
+    """The configured name, or dataset-backbone-time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return config.name or "-".join(part for part in (config.dataset, config.backbone, stamp, suffix) if part)

@@ -1,0 +1,79 @@
+"""From a configuration to trainers: the one place where a role's backbone, seed and triples are put together.
+
+The central loop and the federation's nodes both build through here, which is what makes their results the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ckd_fed.backbones.build import build_backbone
+from ckd_fed.config import Config
+from ckd_fed.data.dataset import Dataset, dense_features
+from ckd_fed.data.triples import TripleStream, derive_key
+from ckd_fed.distillation.objective import DistillationObjective
+from ckd_fed.errors import ConfigError
+from ckd_fed.training.fit import Fit
+from ckd_fed.training.trainer import Trainer
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: a GPU is asked for that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} is asked for, but this machine shows {torch.cuda.device_count()} GPUs; use 'auto' or 'cpu'")
+    return device
+
+
+def triple_stream(config: Config, dataset: Dataset, *, distillation: bool) -> TripleStream:
+    """The run's triples; with their distillation part or without."""
+    k = config.distillation.batch_size if distillation else 0
+    return TripleStream(dataset.train, dataset.fingerprint, config.seed, config.training.batch_size, k)
+
+
+def objective(config: Config) -> DistillationObjective:
+    """The configured distillation objective."""
+    chosen = config.distillation
+    return DistillationObjective(chosen.rho, chosen.kappa, chosen.temperature, chosen.reweight, chosen.specific, chosen.generic)
+
+
+def build_trainer(
+    config: Config, dataset: Dataset, role: str, *, distilled: bool = False, device: torch.device | None = None, share: tuple[int, int] = (0, 1)
+) -> Trainer:
+    """A trainer with a freshly initialised backbone over the dataset's modalities.
+
+    Args:
+        config: the run's configuration.
+        dataset: opened with the modalities of the role: one for a teacher, all for a student.
+        role: decides the initialisation together with the seed, for example ``"teacher/text"`` or ``"student"``.
+        distilled: train on the distillation objective rather than the backbone's own loss.
+        device: where to train.
+        share: (w, W), this worker's share of the steps.
+    """
+    device = device or choose_device(config.training.device)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    features = {m: dense_features(dataset, m) for m in dataset.modalities}
+    seed = derive_key("ckd-init-1", config.seed, role) & 0x7FFFFFFF
+    backbone = build_backbone(config.backbone, dataset.train, features, config.model, seed=seed, device=device)
+    return Trainer(
+        backbone,
+        dataset,
+        triple_stream(config, dataset, distillation=distilled),
+        learning_rate=config.training.learning_rate,
+        objective=objective(config) if distilled else None,
+        ks=config.ks,
+        share=share,
+    )
+
+
+def build_fit(config: Config, trainer: Trainer) -> Fit:
+    """The configured epochs, validations and early stopping around a trainer."""
+    chosen = config.training
+    return Fit(trainer, max_epochs=chosen.epochs, validate_every=chosen.validate_every, patience=chosen.patience)

@@ -1,0 +1,118 @@
+"""The method in one process: teachers, then the distilled student. Never touches Flower; the oracle of the federation."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from ckd_fed.backbones.base import Embeddings
+from ckd_fed.config import Config
+from ckd_fed.data.dataset import Dataset
+from ckd_fed.data.locate import open_dataset, standin_notice
+from ckd_fed.data.triples import StepTriples
+from ckd_fed.distillation.margins import DTYPES, margin_sheet
+from ckd_fed.home import home
+from ckd_fed.tracking.record import Outcome, Record, RunResult, ratio, run_name
+from ckd_fed.tracking.wandb_mirror import wandb_mirror
+from ckd_fed.training.build import build_fit, build_trainer
+from ckd_fed.training.fit import METRIC, Fit
+from ckd_fed.training.trainer import Values
+
+
+def train(config: Config) -> RunResult:
+    """Train teachers, the plain student if asked for, and the distilled student; test them; record everything.
+
+    Raises:
+        CkdError: bad data or configuration, or a training that cannot go on.
+    """
+    dataset = open_dataset(config)
+    record = Record(
+        home(config) / "runs" / run_name(config),
+        config,
+        wandb_mirror(config, {"split": dataset.fingerprint, "standin": dataset.standin}, print),
+    )
+    try:
+        return _train(config, dataset, record)
+    except BaseException as error:
+        record.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
+    started = time.monotonic()
+    record.start(dataset.describe(), modalities=list(dataset.modalities), split=dataset.fingerprint)
+    if dataset.standin:
+        record.write(standin_notice(config))
+    result = RunResult(dataset.modalities, record.directory)
+    fits = _pretrain(config, dataset, record, result)
+    number = max((round_number for round_number, _ in fits.values()), default=0)
+    teachers = {m: fits[f"teacher/{m}"][1].trainer.embeddings() for m in dataset.modalities if f"teacher/{m}" in fits}
+    student = _distil(config, dataset, record, result, teachers, number)
+    result.outcomes["student"] = _outcome(student)
+    record.finish(result, time.monotonic() - started)
+    return result
+
+
+def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResult) -> dict[str, tuple[int, Fit]]:
+    """Phase 1: every teacher, and the plain student if asked for, to convergence; (rounds taken, fit with the best restored)."""
+    roles: dict[str, tuple[str, ...]] = {f"teacher/{m}": (m,) for m in dataset.modalities} if config.distillation.enabled else {}
+    if config.plain and config.distillation.enabled:
+        roles["plain"] = dataset.modalities
+    fits = {role: build_fit(config, build_trainer(config, select(dataset, modalities), role)) for role, modalities in roles.items()}
+    number = 0
+    while not all(fit.done for fit in fits.values()):
+        number += 1
+        started = time.monotonic()
+        reports = {}
+        for role, fit in fits.items():
+            if not fit.done:
+                reports[role] = fit.advance(config.federation.teacher_epochs)
+                if reports[role]:
+                    reports[role][-1]["done"] = float(fit.done)
+        record.pretraining_round(number, reports, time.monotonic() - started)
+    for role, fit in fits.items():
+        fit.trainer.restore(fit.best)
+        result.outcomes[role] = _outcome(fit)
+    return {role: (number, fit) for role, fit in fits.items()}
+
+
+def _distil(config: Config, dataset: Dataset, record: Record, result: RunResult, teachers: dict[str, Embeddings], number: int) -> Fit:
+    """Phase 2: the student, distilled from the teachers, or plain without them."""
+    fit = build_fit(config, build_trainer(config, dataset, "student", distilled=bool(teachers)))
+    dtype = DTYPES[config.distillation.margin_dtype]
+
+    def sheets(steps: Sequence[StepTriples]) -> dict[str, np.ndarray]:
+        return {m: margin_sheet(embeddings, steps, dtype) for m, embeddings in teachers.items()}
+
+    def report(row: Values) -> None:
+        nonlocal number
+        number += 1
+        record.distillation_round(number, against_teachers(row, result), dataset.modalities)
+
+    fit.advance(sheets=sheets if teachers else None, on_validation=report)
+    fit.trainer.restore(fit.best)
+    return fit
+
+
+def select(dataset: Dataset, modalities: Sequence[str]) -> Dataset:
+    """The same split with some of the modalities."""
+    features = {m: dataset.features[m] for m in modalities}
+    return dataclasses.replace(dataset, features=features, masks={m: mask for m, mask in dataset.masks.items() if m in features})
+
+
+def against_teachers(row: Values, result: RunResult) -> Values:
+    """A student's row with each teacher's validation recall and how much of it the student's ``only m`` view has reached."""
+    row = dict(row)
+    for m in result.modalities:
+        teacher = result.outcomes.get(f"teacher/{m}")
+        if teacher:
+            row[f"teacher/{m}/{METRIC}"] = teacher.validation
+            row[f"reached/{m}"] = ratio(row[f"only/{m}/{METRIC}"], teacher.validation)
+    return row
+
+
+def _outcome(fit: Fit) -> Outcome:
+    return Outcome(fit.stopping.best_epoch, fit.epoch, fit.stopping.best, fit.trainer.diagnose(fit.trainer.dataset.test).compute())

@@ -1,0 +1,337 @@
+"""What goes over the wire between server and nodes: one typed, validated form for each request and reply.
+
+Both sides use this module and nothing else to make and read messages. A request and its reply carry a :class:`Stamp`; a reply whose
+stamp, names, shapes, dtypes or values are not exactly what was asked for is refused before anything uses it.
+
+=========  ==============================  ===============================================  ============================================
+action     asked of                        request                                          reply
+=========  ==============================  ===============================================  ============================================
+enrol      every node                      configuration                                    :class:`NodeCard`
+fit        teacher m, plain student        epochs of this round                             rows of validations, whether it has converged
+test       teacher m, plain student                                                         test metrics of its best
+score      teacher m                       epochs of a stretch, number of workers           a sheet of margins per worker, triples' hash
+distil     student worker                  weights, sheets of margins with their hashes     weights, means of the stretch, validation
+evaluate   student worker                  weights, part of the split, share of the users   sums of metrics over its users
+=========  ==============================  ===============================================  ============================================
+
+Features, interactions and a teacher's parameters appear in none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from ckd_fed.config import Config, resolve
+from ckd_fed.distillation.margins import DTYPES
+from ckd_fed.errors import ReplyError
+
+PROTOCOL = 1
+TRAIN_ACTIONS = ("fit", "distil")
+QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Binds a message to its purpose; a reply repeats the stamp of its request.
+
+    Attributes:
+        run: name of the run.
+        action: see the module's table.
+        round: the run's round counter.
+        role: ``teacher/<m>``, ``plain``, ``student/<w>``, or ``node`` for enrolment.
+    """
+
+    run: str
+    action: str
+    round: int
+    role: str
+
+    def __str__(self) -> str:
+        return f"{self.action} of round {self.round} from {self.role}"
+
+
+@dataclass(frozen=True)
+class NodeCard:
+    """What a node says of itself at enrolment.
+
+    Attributes:
+        role, modality: from its node-config; empty on a simulated node.
+        partition: its place among the simulated nodes; -1 on a real node.
+        partitions: number of simulated nodes; 0 on a real node.
+        code: version and source hash of the installed packages.
+        split: fingerprint of its split.
+        n_users, n_items, n_train: of its split.
+        modalities: whose feature files it has, comma-separated.
+        features: JSON, modality -> fingerprint of its features.
+        dataset: description for people.
+        standin: whether its data are a stand-in.
+        device: where it would train.
+        host: for people.
+    """
+
+    role: str
+    modality: str
+    partition: int
+    partitions: int
+    code: str
+    split: str
+    n_users: int
+    n_items: int
+    n_train: int
+    modalities: str
+    features: str
+    dataset: str
+    standin: bool
+    device: str
+    host: str
+
+
+def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.ndarray] | None = None, **values: Any) -> Message:
+    """A message to a node.
+
+    Args:
+        stamp: what for.
+        config: the run's configuration, complete: a node needs no other.
+        node: id of the node.
+        arrays: payload.
+        values: further scalars or lists.
+    """
+    content = RecordDict({"request": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "config": json.dumps(config.flat()), **values})})
+    if arrays:
+        content["arrays"] = _pack(arrays)
+    kind = "train" if stamp.action in TRAIN_ACTIONS else "query"
+    return Message(content, dst_node_id=node, message_type=f"{kind}.{stamp.action}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as the node reads it."""
+
+    stamp: Stamp
+    config: Config
+    values: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+def read_request(message: Message) -> Request:
+    """Read a request on a node.
+
+    Raises:
+        ReplyError: another protocol version, or a request that lacks a part.
+        ConfigError: a configuration this node does not understand.
+    """
+    try:
+        values: dict[str, Any] = dict(message.content["request"])  # type: ignore[call-overload]
+        protocol = values.pop("protocol")
+        if protocol != PROTOCOL:
+            raise ReplyError(f"the server speaks wire protocol {protocol}, this node {PROTOCOL}; install the same version of ckd_fed on both")
+        stamp = Stamp(**{item.name: values.pop(item.name) for item in fields(Stamp)})
+        config = resolve(json.loads(values.pop("config")))
+        arrays = _unpack(message.content["arrays"]) if "arrays" in message.content else {}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplyError(f"a request lacks {error} or is not of wire protocol {PROTOCOL}") from None
+    return Request(stamp, config, values, arrays)
+
+
+def reply(
+    to: Message, stamp: Stamp, metrics: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None, **values: Any
+) -> Message:
+    """A node's answer: its stamp, numbers (floats, or lists of them), arrays and further scalars."""
+    content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "error": "", **values})})
+    if metrics:
+        content["metrics"] = MetricRecord(dict(metrics))
+    if arrays:
+        content["arrays"] = _pack(arrays)
+    return Message(content, reply_to=to)
+
+
+def refusal(to: Message, stamp: Stamp | None, reason: str) -> Message:
+    """A node's answer when it cannot do what was asked, with the reason in one line."""
+    bound = stamp or Stamp("", "", -1, "")
+    return Message(RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(bound), "error": reason})}), reply_to=to)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply whose stamp has been checked; its parts are read through methods that check them."""
+
+    stamp: Stamp
+    values: dict[str, Any]
+    metrics: dict[str, Any]
+    arrays: dict[str, Array]
+    n_bytes: int
+
+    def text(self, name: str) -> str:
+        """A string among the values."""
+        value = self.values.get(name)
+        if not isinstance(value, str):
+            raise ReplyError(f"{self.stamp}: {name} is {value!r}, a string is needed")
+        return value
+
+    def integer(self, name: str, low: int = 0) -> int:
+        """An integer among the values, at least ``low``."""
+        value = self.values.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ReplyError(f"{self.stamp}: {name} is {value!r}, a whole number of at least {low} is needed")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A boolean among the values."""
+        value = self.values.get(name)
+        if not isinstance(value, bool):
+            raise ReplyError(f"{self.stamp}: {name} is {value!r}, true or false is needed")
+        return value
+
+    def numbers(self, required: Sequence[str]) -> dict[str, float]:
+        """All metrics as finite floats; those required must be there."""
+        for name in required:
+            if name not in self.metrics:
+                raise ReplyError(f"{self.stamp}: metric {name!r} is missing")
+        return {name: self._finite(name, value) for name, value in self.metrics.items()}
+
+    def rows(self, required: Sequence[str]) -> list[dict[str, float]]:
+        """Metrics that are lists of one length, as rows."""
+        lengths = {len(value) if isinstance(value, list) else -1 for value in self.metrics.values()}
+        if not self.metrics:
+            return []
+        if len(lengths) != 1 or -1 in lengths:
+            raise ReplyError(f"{self.stamp}: its metrics are not lists of one length")
+        for name in required:
+            if name not in self.metrics:
+                raise ReplyError(f"{self.stamp}: metric {name!r} is missing")
+        return [{name: self._finite(name, values[row]) for name, values in self.metrics.items()} for row in range(lengths.pop())]
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """A finite array of exactly this shape and dtype."""
+        if name not in self.arrays:
+            raise ReplyError(f"{self.stamp}: array {name!r} is missing (it has {', '.join(self.arrays) or 'none'})")
+        array = self._unpack(name)
+        if array.shape != shape or array.dtype != dtype:
+            raise ReplyError(f"{self.stamp}: array {name!r} is {array.dtype} {array.shape}, {dtype} {shape} is needed")
+        if not np.isfinite(array).all():
+            raise ReplyError(f"{self.stamp}: array {name!r} has {int((~np.isfinite(array)).sum())} NaN or infinite entries")
+        return array
+
+    def weights(self, like: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """The arrays ``weights/<parameter>``: finite float32, and of the names and shapes of ``like`` where that is known."""
+        found = {
+            name: self._unpack(f"weights/{name}") for name in (key.removeprefix("weights/") for key in self.arrays if key.startswith("weights/"))
+        }
+        if not found or (like is not None and set(found) != set(like)):
+            different = sorted(set(found) ^ set(like or {}))
+            raise ReplyError(f"{self.stamp}: its parameters are not those of the student (different: {', '.join(different[:5]) or 'none sent'})")
+        for name, array in found.items():
+            if like is not None and array.shape != like[name].shape:
+                raise ReplyError(f"{self.stamp}: parameter {name} has shape {array.shape}, {like[name].shape} is needed")
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise ReplyError(
+                    f"{self.stamp}: parameter {name} is {array.dtype} with {int((~np.isfinite(array)).sum())} values that are not finite"
+                )
+        return found
+
+    def _unpack(self, name: str) -> np.ndarray:
+        try:
+            return unpack_array(self.arrays[name])
+        except (ValueError, TypeError) as error:
+            raise ReplyError(f"{self.stamp}: array {name!r} cannot be read: {error}") from None
+
+    def _finite(self, name: str, value: Any) -> float:
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ReplyError(f"{self.stamp}: metric {name!r} is {value!r}, a finite number is needed")
+        if "@" in name and not name.startswith("sum/") and not 0 <= value <= 1:
+            raise ReplyError(f"{self.stamp}: metric {name!r} is {value!r}, a share between 0 and 1 is needed")
+        return float(value)
+
+
+def read_reply(message: Message, expected: Stamp) -> Reply:
+    """Check a reply's stamp against the request's.
+
+    Raises:
+        ReplyError: the node failed, refused, or answered something else than it was asked.
+    """
+    if message.has_error():
+        raise ReplyError(f"{expected} failed: {_short(message.error.reason or '')} (Flower error code {message.error.code})")
+    content = message.content
+    if "reply" not in content or not isinstance(content["reply"], ConfigRecord):
+        raise ReplyError(f"{expected}: the reply is not of this framework's form (it has {', '.join(content) or 'nothing'})")
+    values: dict[str, Any] = dict(content["reply"])
+    if values.pop("protocol", None) != PROTOCOL:
+        raise ReplyError(f"{expected}: the node speaks another wire protocol than {PROTOCOL}; install the same version of ckd_fed everywhere")
+    error = values.pop("error", "")
+    got = {item.name: values.pop(item.name, None) for item in fields(Stamp)}
+    if error:
+        raise ReplyError(f"{expected.role}: {_short(str(error))}")
+    if got != asdict(expected):
+        wrong = ", ".join(f"{name} {got[name]!r} instead of {value!r}" for name, value in asdict(expected).items() if got[name] != value)
+        raise ReplyError(f"{expected}: the reply is bound to something else ({wrong}); it is not used")
+    metrics = content.get("metrics", MetricRecord())
+    arrays = content.get("arrays", ArrayRecord())
+    if not isinstance(metrics, MetricRecord) or not isinstance(arrays, ArrayRecord):
+        raise ReplyError(f"{expected}: metrics or arrays are of the wrong kind")
+    return Reply(expected, values, dict(metrics), dict(arrays), content_bytes(message))
+
+
+def read_card(answer: Reply) -> NodeCard:
+    """The card in a reply to enrolment."""
+    try:
+        card = NodeCard(**json.loads(answer.text("card")))
+    except (TypeError, ValueError) as error:
+        raise ReplyError(f"{answer.stamp}: its card cannot be read: {error}") from None
+    kinds = {"int": int, "str": str, "bool": bool}
+    for item in fields(NodeCard):
+        if type(getattr(card, item.name)) is not kinds[str(item.type)]:
+            raise ReplyError(f"{answer.stamp}: its card has {item.name} = {getattr(card, item.name)!r}")
+    return card
+
+
+def margin_dtype(config: Config) -> np.dtype:
+    """The dtype of soft scores on the wire."""
+    return DTYPES[config.distillation.margin_dtype]
+
+
+def content_bytes(message: Message) -> int:
+    """Payload of a message: its arrays, as good as all of what travels."""
+    if message.has_error() or "arrays" not in message.content:
+        return 0
+    return sum(len(array.data) for array in message.content.array_records["arrays"].values())
+
+
+def _pack(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Arrays as raw little-endian bytes: no .npy parsing of what a stranger sends, and no copy more than needed."""
+    return ArrayRecord(
+        {
+            name: Array(dtype=array.dtype.newbyteorder("<").str, shape=tuple(array.shape), stype="raw", data=np.ascontiguousarray(array).tobytes())
+            for name, array in arrays.items()
+        }
+    )
+
+
+def _unpack(record: Any) -> dict[str, np.ndarray]:
+    return {name: unpack_array(array) for name, array in record.items()}
+
+
+def unpack_array(array: Array) -> np.ndarray:
+    """One array from its bytes; read-only.
+
+    Raises:
+        ValueError: a dtype other than float16 and float32, or a size that does not fit the shape.
+    """
+    if array.stype != "raw" or array.dtype not in ("<f2", "<f4"):
+        raise ValueError(f"it is {array.dtype!r} stored as {array.stype!r}; raw float16 or float32 is needed")
+    shape = tuple(int(length) for length in array.shape)
+    if min(shape, default=1) < 0 or math.prod(shape) * np.dtype(array.dtype).itemsize != len(array.data):
+        raise ValueError(f"shape {shape} of {array.dtype} does not fit {len(array.data)} bytes")
+    return np.frombuffer(array.data, dtype=array.dtype).reshape(shape)
+
+
+def _short(reason: str) -> str:
+    """The last telling line of a traceback, or the text itself, in one line."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    return (lines[-1] if lines else "no reason given")[:600]

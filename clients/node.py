@@ -1,0 +1,131 @@
+"""One node: its data, its device, and the models of the roles it plays."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckd_fed.config import Config
+from ckd_fed.data.dataset import Dataset, load_dataset, modalities_in
+from ckd_fed.data.features import features_fingerprint
+from ckd_fed.data.locate import locate
+from ckd_fed.errors import ConfigError, unknown
+from ckd_fed.home import code_version, home
+from ckd_fed.training.build import build_fit, build_trainer, choose_device
+from ckd_fed.training.fit import Fit
+from ckd_fed.wire import NodeCard
+from clients.workspace import Workspace
+
+ROLES = ("teacher", "student")
+
+
+@dataclass
+class _Cached:
+    state_id: str
+    fit: Fit
+    state: dict[str, Any]
+
+
+_FITS: dict[Path, _Cached] = {}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as its node-config describes it.
+
+    ``role`` (teacher or student), ``modality`` (of a teacher), ``data-dir``, ``device`` and ``home`` are read from the node-config of a
+    real node. A simulated node has only its place among the others; the server gives it roles.
+    """
+
+    config: Config
+    node_config: Mapping[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return choose_device(str(self.node_config.get("device", "")) or self.config.training.device)
+
+    def dataset(self, role: str) -> Dataset:
+        """The dataset with the modalities of a role: a teacher opens its own modality's file and no other."""
+        if role.startswith("teacher/"):
+            return self._dataset((role.removeprefix("teacher/"),))
+        return self._dataset(self.config.modalities or None)
+
+    def card(self) -> NodeCard:
+        """What this node says of itself at enrolment; loads and checks its data."""
+        role, modality = str(self.node_config.get("role", "")), str(self.node_config.get("modality", ""))
+        simulated = "partition-id" in self.node_config
+        if role and role not in ROLES:
+            raise ConfigError(f"node-config: {unknown('role', role, ROLES)}")
+        if not role and not simulated:
+            raise ConfigError('this node has no role; start it with --node-config \'role="teacher" modality="text"\' or \'role="student"\'')
+        if role == "teacher" and not modality:
+            raise ConfigError('node-config: a teacher needs its modality, for example \'role="teacher" modality="text"\'')
+        dataset = self.dataset(f"teacher/{modality}") if role == "teacher" else self.dataset(role or "student")
+        path, _ = locate(self.config, self.node_config)
+        return NodeCard(
+            role=role,
+            modality=modality,
+            partition=int(self.node_config.get("partition-id", -1)),
+            partitions=int(self.node_config.get("num-partitions", 0)),
+            code=code_version(),
+            split=dataset.fingerprint,
+            n_users=dataset.n_users,
+            n_items=dataset.n_items,
+            n_train=len(dataset.train),
+            modalities=",".join(dataset.modalities if dataset.modalities else modalities_in(path)),
+            features=json.dumps({m: _features_fingerprint(path, m, dataset) for m in dataset.modalities}),
+            dataset=dataset.describe(),
+            standin=dataset.standin,
+            device=str(self.device),
+            host=platform.node(),
+        )
+
+    def workspace(self, run: str, role: str) -> Workspace:
+        """A role's place on this node's disk."""
+        return Workspace(home(self.config, self.node_config) / "workspace", run, role)
+
+    def fit(self, run: str, role: str, share: tuple[int, int] = (0, 1)) -> tuple[Fit, dict[str, Any]]:
+        """A role's model in the state it was last saved in (fresh where none was), and the values saved beside it."""
+        workspace = self.workspace(run, role)
+        cached = _FITS.get(workspace.path)
+        if cached and cached.state_id == workspace.state_id():
+            return cached.fit, cached.state
+        distilled = role.startswith("student/") and self.config.distillation.enabled
+        name = role.partition("/")[0] if role.startswith("student/") else role  # all workers start from the same student
+        fit = build_fit(self.config, build_trainer(self.config, self.dataset(role), name, distilled=distilled, device=self.device, share=share))
+        return fit, workspace.load(fit) if workspace.exists else {}
+
+    def save(self, run: str, role: str, fit: Fit, **values: Any) -> None:
+        """Save a role's model, and remember it for as long as this process and the file live."""
+        workspace = self.workspace(run, role)
+        state_id = workspace.save(fit, **values)
+        for path in [path for path in _FITS if run not in path.parts]:
+            del _FITS[path]  # earlier runs in a process that outlives them
+        _FITS[workspace.path] = _Cached(state_id, fit, {"epoch": fit.epoch, **values})
+
+    def _dataset(self, modalities: tuple[str, ...] | None) -> Dataset:
+        path, standin = locate(self.config, self.node_config)
+        name = f"{self.config.dataset} (generated stand-in)" if standin else self.config.dataset
+        at_least = 1 if modalities is not None and len(modalities) == 1 else 2
+        return _load(path, name, modalities, at_least, standin, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a dataset's files: a changed file is read and checked again."""
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir()) if file.is_file())
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path, name: str, modalities: tuple[str, ...] | None, at_least: int, standin: bool, stamp: object) -> Dataset:
+    return load_dataset(path, name=name, modalities=modalities, at_least=at_least, standin=standin)
+
+
+def _features_fingerprint(path: Path, modality: str, dataset: Dataset) -> str:
+    return features_fingerprint(dataset.features[modality])

@@ -1,0 +1,72 @@
+"""What a node keeps between messages.
+
+In a deployment every message is handled by a fresh process, so whatever must survive one lives here: parameters, optimiser state,
+early stopping and the best parameters of a role, as one file that is replaced atomically. A cache in memory saves reading it again
+where the process does survive (a simulation); it counts only while it matches the file.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ckd_fed.checkpoint import load_checkpoint, save_checkpoint, to_arrays, to_tensors
+from ckd_fed.errors import DataError
+from ckd_fed.training.early_stopping import EarlyStopping
+from ckd_fed.training.fit import Fit
+
+
+class Workspace:
+    """One role's place on a node's disk: ``<home>/workspace/<run>/<role>/state.safetensors``.
+
+    Keyed on run and role, never on Flower's node id: a node that comes back under another id is the same teacher.
+
+    Args:
+        root: ``<home>/workspace``.
+        run: name of the run.
+        role: ``teacher/<m>``, ``plain`` or ``student/<w>``.
+    """
+
+    def __init__(self, root: Path, run: str, role: str) -> None:
+        self.role = role
+        self.path = root / run / role.replace("/", "-") / "state.safetensors"
+
+    @property
+    def exists(self) -> bool:
+        return self.path.is_file()
+
+    def save(self, fit: Fit, **more: Any) -> str:
+        """Write a fit's whole state and further JSON-able values; returns the state's id."""
+        state_id = uuid.uuid4().hex
+        arrays = {
+            **to_arrays(fit.trainer.snapshot(), "parameter/"),
+            **to_arrays(fit.trainer.optimizer_state(), "optimizer/"),
+            **to_arrays(fit.best, "best/"),
+        }
+        stopping = {**asdict(fit.stopping), "best": fit.stopping.best if fit.best else None}
+        save_checkpoint(self.path, arrays, {"id": state_id, "role": self.role, "epoch": fit.epoch, "stopping": stopping, **more})
+        return state_id
+
+    def load(self, fit: Fit) -> dict[str, Any]:
+        """Load a fit's state and return the values saved beside it.
+
+        Raises:
+            DataError: nothing was saved, or the file is damaged or belongs to another model.
+        """
+        arrays, state = load_checkpoint(self.path)
+        try:
+            fit.trainer.restore(to_tensors(arrays, "parameter/"))
+            fit.trainer.load_optimizer_state(to_tensors(arrays, "optimizer/"))
+            fit.best = to_tensors(arrays, "best/")
+            stopping = dict(state["stopping"])
+            fit.stopping = EarlyStopping(**{**stopping, "best": float("-inf") if stopping["best"] is None else stopping["best"]})
+            fit.epoch = int(state["epoch"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise DataError(f"{self.path} does not fit this run's model: {str(error).splitlines()[0]}") from None
+        return state
+
+    def state_id(self) -> str:
+        """Id of the state on disk; empty where there is none."""
+        return str(load_checkpoint(self.path)[1]["id"]) if self.exists else ""

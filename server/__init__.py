@@ -1,0 +1,1 @@
+"""The Flower ServerApp: enrolment, rounds, exchange and the run's record. It holds no features and trains nothing."""

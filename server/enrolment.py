@@ -1,0 +1,179 @@
+"""Enrolment: which nodes are there, what they hold, and who plays which role."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ckd_fed.config import Config
+from ckd_fed.errors import EnrolmentError, ReplyError, unknown
+from ckd_fed.wire import NodeCard, read_card
+from server.exchange import Ask, Exchange
+
+_SETTLE = 1.0  # seconds between looks for new nodes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who plays which role.
+
+    Attributes:
+        teachers: modality -> node id; empty without distillation.
+        students: node id of each student worker, the first being worker 0.
+        spare: nodes without a role.
+        cards: node id -> what it said of itself.
+        modalities: of the student, in order.
+    """
+
+    teachers: Mapping[str, int]
+    students: tuple[int, ...]
+    spare: tuple[int, ...]
+    cards: Mapping[int, NodeCard]
+    modalities: tuple[str, ...]
+
+    @property
+    def card(self) -> NodeCard:
+        """The card of the first student worker, whose split is everybody's."""
+        return self.cards[self.students[0]]
+
+    def describe(self) -> list[str]:
+        """A line for each role: role, node, host, device."""
+        roles = [(f"teacher {m}", node) for m, node in self.teachers.items()]
+        roles += [(f"student worker {index}" if len(self.students) > 1 else "student", node) for index, node in enumerate(self.students)]
+        roles += [("spare", node) for node in self.spare]
+        return [f"  {role:<18} node {node} on {self.cards[node].host} ({self.cards[node].device})" for role, node in roles]
+
+
+def enrol(exchange: Exchange, write: Callable[[str], None]) -> Plan:
+    """Wait until the nodes needed are there and agree, up to ``federation.enrol-timeout``.
+
+    Raises:
+        EnrolmentError: what is missing at the deadline; at once what cannot be mended by waiting (different splits or code, a
+            modality that is unknown or taken twice, data that a node cannot use).
+    """
+    config = exchange.config
+    deadline = time.monotonic() + config.federation.enrol_timeout
+    cards: dict[int, NodeCard] = {}
+    asked: set[int] = set()
+    missing = "no node has connected"
+    while True:
+        new = [node for node in exchange.grid.get_node_ids() if node not in asked]
+        if new:
+            cards.update(_ask_cards(exchange, new, max(1.0, deadline - time.monotonic())))
+            asked.update(new)
+        if cards:
+            plan, missing = assign(config, cards)
+            if plan:
+                return plan
+        if time.monotonic() >= deadline:
+            there = ", ".join(_name(node, card) for node, card in cards.items()) or "none"
+            raise EnrolmentError(f"after {config.federation.enrol_timeout:.0f} s (federation.enrol-timeout) {missing}; nodes there: {there}")
+        if new:
+            write(f"waiting for nodes: {missing}" if missing else "waiting for nodes")
+        time.sleep(min(_SETTLE, max(0.0, deadline - time.monotonic())))
+
+
+def _ask_cards(exchange: Exchange, nodes: list[int], timeout: float) -> dict[int, NodeCard]:
+    asks = [Ask(node, "enrol", f"node/{node}") for node in nodes]
+    good, failed = exchange.replies(exchange.send(0, asks), timeout)
+    reasons = list(dict.fromkeys(str(error).partition(": ")[2] if len(failed) > 1 else str(error) for error in failed.values()))
+    if reasons:
+        raise EnrolmentError("; ".join(reasons))
+    try:
+        return {int(stamp.role.removeprefix("node/")): read_card(answer) for stamp, answer in good.items()}
+    except ReplyError as error:
+        raise EnrolmentError(str(error)) from None
+
+
+def assign(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, str]:
+    """Give roles to the nodes there.
+
+    Real nodes have theirs from their node-config. Simulated nodes are all alike: roles are dealt to them in the order of their
+    partitions, several to a node where there are fewer nodes than roles; nodes beyond the roles become student workers up to
+    ``federation.student-workers``, and spare beyond that.
+
+    Returns:
+        A plan and "", or None and what is still missing.
+
+    Raises:
+        EnrolmentError: what waiting cannot mend.
+    """
+    _agree(cards)
+    simulated = {node: card for node, card in cards.items() if not card.role}
+    if simulated:
+        return _deal(config, simulated)
+
+    teachers: dict[str, int] = {}
+    for node, card in cards.items():
+        if card.role == "teacher":
+            if card.modality in teachers:
+                other = teachers[card.modality]
+                raise EnrolmentError(
+                    f"modality {card.modality!r} is taken twice: by {_name(other, cards[other])} and by {_name(node, card)}; stop one of them"
+                )
+            teachers[card.modality] = node
+    students = [node for node, card in cards.items() if card.role == "student"]
+    if not students:
+        return None, 'a student node is missing (role="student")'
+    modalities = config.modalities or tuple(cards[students[0]].modalities.split(","))
+    for modality, node in teachers.items():
+        if modality not in modalities:
+            raise EnrolmentError(f"{_name(node, cards[node])} enrolled for an {unknown('modality', modality, modalities)}")
+    for node in students[1:]:
+        if set(cards[node].modalities.split(",")) != set(cards[students[0]].modalities.split(",")):
+            raise EnrolmentError(
+                f"two student nodes have different modalities: {_name(students[0], cards[students[0]])} {cards[students[0]].modalities}, "
+                f"{_name(node, cards[node])} {cards[node].modalities}; set data.modalities or give both the same files"
+            )
+    if config.distillation.enabled:
+        absent = [m for m in modalities if m not in teachers]
+        if absent:
+            return None, f"the teacher of {' and of '.join(absent)} is missing"
+    else:
+        teachers = {}
+    workers = students[: config.federation.student_workers]
+    used = {*workers, *teachers.values()}
+    return Plan(
+        {m: teachers[m] for m in modalities if m in teachers}, tuple(workers), tuple(n for n in cards if n not in used), cards, modalities
+    ), ""
+
+
+def _deal(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, str]:
+    expected = max(card.partitions for card in cards.values())
+    if len(cards) < expected:
+        return None, f"{expected - len(cards)} of {expected} simulated nodes are missing"
+    nodes = sorted(cards, key=lambda node: cards[node].partition)
+    modalities = config.modalities or tuple(cards[nodes[0]].modalities.split(","))
+    roles = list(modalities) if config.distillation.enabled else []
+    teachers = {m: nodes[index % len(nodes)] for index, m in enumerate(roles)}
+    free = nodes[len(roles) :]
+    workers = free[: config.federation.student_workers] or [nodes[len(roles) % len(nodes)]]
+    return Plan(teachers, tuple(workers), tuple(free[config.federation.student_workers :]), cards, modalities), ""
+
+
+def _agree(cards: Mapping[int, NodeCard]) -> None:
+    """All nodes on the same code and the same split, data and stand-in not mixed."""
+    (first, card), *others = cards.items()
+    for node, other in others:
+        if other.code != card.code:
+            raise EnrolmentError(
+                f"two nodes run different code: {_name(first, card)} {card.code}, {_name(node, other)} {other.code}; install the same version on both"
+            )
+        if other.split != card.split:
+            raise EnrolmentError(
+                f"two nodes hold different splits: {_name(first, card)} {card.split[:12]} ({card.dataset}), "
+                f"{_name(node, other)} {other.split[:12]} ({other.dataset}); give both the same train.json, val.json and test.json"
+            )
+
+
+def different_features(plan: Plan) -> list[str]:
+    """Modalities whose teacher holds other features than the student: allowed (a teacher may have better ones), but worth saying."""
+    student = json.loads(plan.card.features)
+    return [m for m, node in plan.teachers.items() if json.loads(plan.cards[node].features).get(m) != student.get(m)]
+
+
+def _name(node: int, card: NodeCard) -> str:
+    role = f"{card.role} {card.modality}".strip() or f"simulated node {card.partition}"
+    return f"{role} (node {node} on {card.host})"

@@ -1,0 +1,83 @@
+"""Server-side state of the counterfactual reweighting: effects and weights of every round, merged over the student workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ckd_fed.errors import ReplyError
+
+
+@dataclass
+class RoundState:
+    """One round, merged: modality -> mean effect, its share of all effects, mean weight."""
+
+    effects: dict[str, float]
+    shares: dict[str, float]
+    weights: dict[str, float]
+
+
+@dataclass
+class Reweighting:
+    """Causal effects and weights over the rounds.
+
+    Per sample, effects and weights are computed where the student's margins are, on the workers. Here their means are merged by
+    samples, checked and kept.
+
+    Attributes:
+        modalities: that have a teacher.
+        rounds: round number -> merged state.
+    """
+
+    modalities: tuple[str, ...]
+    rounds: dict[int, RoundState] = field(default_factory=dict)
+
+    def merge(self, number: int, reports: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict[str, float]:
+        """Merge the workers' means of one round by samples.
+
+        Args:
+            number: of the round.
+            reports: each worker's metrics.
+            samples: each worker's number of samples.
+
+        Returns:
+            ``effect/m``, ``effect_share/m`` and ``weight/m`` for every modality; empty without teachers.
+
+        Raises:
+            ReplyError: an effect outside [1e-8, 10], or weights that do not sum to the number of modalities.
+        """
+        if not self.modalities:
+            return {}
+        effects = {m: weighted_mean([report[f"effect/{m}"] for report in reports], samples) for m in self.modalities}
+        weights = {m: weighted_mean([report[f"weight/{m}"] for report in reports], samples) for m in self.modalities}
+        for m, effect in effects.items():
+            if not 0 < effect <= 10.0 + 1e-6:
+                raise ReplyError(f"round {number}: the effect of {m} is {effect!r}; a causal effect lies between 1e-8 and 10")
+        if abs(sum(weights.values()) - len(weights)) > 1e-3 * len(weights):
+            raise ReplyError(f"round {number}: the weights {weights} do not sum to the number of modalities, {len(weights)}")
+        shares = {m: effect / sum(effects.values()) for m, effect in effects.items()}
+        self.rounds[number] = RoundState(effects, shares, weights)
+        return {
+            **{f"effect/{m}": value for m, value in effects.items()},
+            **{f"effect_share/{m}": value for m, value in shares.items()},
+            **{f"weight/{m}": value for m, value in weights.items()},
+        }
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    """Mean by weights."""
+    return float(np.average(values, weights=weights))
+
+
+def average_weights(parameters: Sequence[Mapping[str, np.ndarray]], samples: Sequence[int]) -> dict[str, np.ndarray]:
+    """Parameters of several workers averaged by samples (FedAvg, McMahan et al. 2017), summed in float64; one worker's stay untouched."""
+    if len(parameters) == 1:
+        return dict(parameters[0])
+    total = sum(samples)
+    averaged = {}
+    for name, first in parameters[0].items():
+        mean = sum(worker[name].astype(np.float64) * (n / total) for worker, n in zip(parameters, samples, strict=True))
+        averaged[name] = np.asarray(mean).astype(first.dtype)
+    return averaged
