@@ -12,27 +12,29 @@ float64 matrix multiplication for speed, where sums of integers below 2**53 are 
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import json
+import math
 import os
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ckd_fed.data.dataset import SPLITS
-from ckd_fed.data.triples import below, derive_key, words
+from ckd_fed.data.triples import derive_key, words
 from ckd_fed.errors import DataError
 
 VERSION = 1  # raise it whenever the files written change: older stand-ins are then regenerated
 DEFAULT_SEED = 2024
 MARKER = "standin.json"
 
-_FACTORS = 16  # latent factors of each kind
+_FACTORS = 4  # latent factors of each kind
 _SIGMA = 256  # one standard deviation of a factor, in integer units
-_UNIT = _SIGMA * _SIGMA * 4  # one standard deviation of an inner product of factors: 4 is sqrt(_FACTORS)
+_UNIT = _SIGMA * _SIGMA * 2  # one standard deviation of an inner product of factors: 2 is the root of _FACTORS
 _BLOCK_USERS = 512
 
 _README = """\
@@ -75,15 +77,15 @@ class Plan:
         chance: percent; standard deviation of the chance part of a user's utility.
     """
 
-    users: int = 2000
-    items: int = 1000
-    least: int = 7
+    users: int = 1200
+    items: int = 800
+    least: int = 5
     most: int = 100
-    item_least: int = 5
-    popularity: int = 50
+    item_least: int = 3
+    popularity: int = 14
     chance: int = 80
-    text: Modality = Modality("text", pull=100, dimension=64, noise=30, scale=100)
-    image: Modality = Modality("image", pull=70, dimension=128, noise=100, scale=30)
+    text: Modality = Modality("text", pull=150, dimension=64, noise=240, scale=100)
+    image: Modality = Modality("image", pull=75, dimension=128, noise=320, scale=18)
 
 
 DEFAULT_PLAN = Plan()
@@ -111,42 +113,29 @@ def generate_standin(directory: Path, seed: int = DEFAULT_SEED, plan: Plan = DEF
         return directory
     _refuse_foreign(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
+        fresh = Path(temporary) / "new"
+        fresh.mkdir()
         _write(fresh, seed, plan, marker)
-        fresh.chmod(0o755)  # mkdtemp's 0700 would lock out the other users of a shared folder
-        _publish(fresh, directory, marker)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        with _lock(directory.parent):
+            if _marker_of(directory) == marker:  # another process was faster
+                return directory
+            _refuse_foreign(directory)
+            if directory.exists():
+                os.rename(directory, Path(temporary) / "old")
+            os.rename(fresh, directory)
     return directory
 
 
-def _publish(fresh: Path, directory: Path, marker: dict[str, object]) -> None:
-    """Rename ``fresh`` to ``directory``; an outdated stand-in there is renamed away first, a current one is another's win."""
-    while True:
-        try:
-            os.rename(fresh, directory)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-        if _marker_of(directory) == marker:
-            return
-        _refuse_foreign(directory)
-        grave = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
-            os.rename(directory, grave / "old")
-        except FileNotFoundError:
-            pass  # another process was faster; see what it put there
-        else:
-            moved = grave / "old"
-            if _marker_of(moved) == marker:  # between the check and the rename another process published the current one: put it back
-                try:
-                    os.rename(moved, directory)
-                except OSError:
-                    pass  # yet another process published the same files
-        finally:
-            shutil.rmtree(grave, ignore_errors=True)
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Exclude other processes from swapping datasets in a folder. The lock is the folder's own, so no file is left behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # releases it
 
 
 def _marker_of(directory: Path) -> object:
@@ -199,14 +188,11 @@ class _Draws:
         """``(n,)`` float64 in (0, 1], from the top 53 bits."""
         return ((self.words(*name, n=n) >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-53
 
-    def bell(self, *name: object, shape: tuple[int, ...]) -> np.ndarray:
-        """Integers, about normal with mean 0 and standard deviation 37837: the sum of a word's four 16-bit quarters, centred."""
-        quarters = self.words(*name, n=int(np.prod(shape))).astype("<u8").view("<u2").reshape(-1, 4)
-        return quarters.sum(axis=1, dtype=np.int64).reshape(shape) - 2 * 65535
-
     def normal(self, *name: object, shape: tuple[int, ...]) -> np.ndarray:
-        """Integers, about normal with mean 0 and standard deviation ``_SIGMA``."""
-        return self.bell(*name, shape=shape) // 148
+        """Integers, about normal with mean 0 and standard deviation ``_SIGMA``: the sum of a word's four 16-bit quarters, scaled."""
+        quarters = self.words(*name, n=math.prod(shape)).astype("<u8").view("<u2").reshape(-1, 4)
+        centred = quarters.sum(axis=1, dtype=np.int64).reshape(shape) - 2 * 65535  # standard deviation 37837
+        return centred // (37837 // _SIGMA)
 
 
 def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -230,7 +216,7 @@ def _interactions(draws: _Draws, plan: Plan, latent: dict[str, np.ndarray]) -> t
     blocks = []
     for start in range(0, plan.users, _BLOCK_USERS):
         n = min(_BLOCK_USERS, plan.users - start)
-        utility = popularity + draws.bell("chance", start, shape=(n, plan.items)) * 7 * plan.chance  # 7 * 37837 is about _UNIT
+        utility = popularity + draws.normal("chance", start, shape=(n, plan.items)) * (2 * _SIGMA * plan.chance)
         for m in (plan.text, plan.image):
             taste = draws.normal("user factors", m.name, start, shape=(n, _FACTORS))
             utility += _product(taste, latent[m.name]) * m.pull
@@ -266,7 +252,7 @@ def _split(draws: _Draws, users: np.ndarray, items: np.ndarray) -> np.ndarray:
 def _features(draws: _Draws, modality: Modality, latent: np.ndarray) -> np.ndarray:
     """Latent factors mixed at random into more dimensions, plus noise; ``(n_items, dimension)`` float16."""
     mixing = draws.normal("mixing", modality.name, shape=(modality.dimension, _FACTORS))
-    noise = draws.bell("feature noise", modality.name, shape=(len(latent), modality.dimension)) * 7
+    noise = draws.normal("feature noise", modality.name, shape=(len(latent), modality.dimension)) * (2 * _SIGMA)
     signal = _product(latent, mixing) * 100 + noise * modality.noise
     return (signal * modality.scale / (_UNIT * 100 * 100)).astype(np.float16)
 

@@ -39,6 +39,6 @@ def teacher_margins(sheets: Mapping[str, np.ndarray], row: int, batch_size: int,
     """One step's rows of all teachers' sheets, as tensors of the dtype and device of ``like``."""
     found = {}
     for modality, sheet in sheets.items():
-        margins = torch.from_numpy(sheet[row]).to(device=like.device, dtype=like.dtype)
+        margins = torch.tensor(sheet[row]).to(device=like.device, dtype=like.dtype)  # a copy: sheets from the wire are read-only
         found[modality] = TeacherMargins(margins[:batch_size], margins[batch_size:])
     return found

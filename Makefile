@@ -1,0 +1,35 @@
+# Everything runs in .venv, which is set up on first use and again whenever pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup baby tiktok test check verify clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+baby: setup
+	@$(BIN)/ckd-fed run simulations/baby
+
+tiktok: setup
+	@$(BIN)/ckd-fed run simulations/tiktok
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+verify: setup
+	$(BIN)/ckd-fed verify tests/reference/vbpr.npz tests/reference/mmgcn.npz
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,137 @@
+"""The ``ckd-fed`` command."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ckd_fed import __version__
+from ckd_fed.errors import CkdError, ConfigError
+
+# Heavy imports (torch, wandb) happen in the commands that need them, so that --help stays quick.
+
+_OVERRIDE = re.compile(r"""\s*([\w.\-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s"']+)""")
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Configuration overrides as ``flwr run -c`` takes them: ``'a.b=1 c="x"'``, or the name of a TOML file.
+
+    A bare word counts as a string, so that ``backbone=mmgcn`` needs no quotes within quotes.
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        if text.endswith(".toml"):
+            try:
+                values.update(tomllib.loads(Path(text).read_text()))
+            except (OSError, tomllib.TOMLDecodeError) as error:
+                raise ConfigError(f"-c {text}: {error}") from None
+            continue
+        position = 0
+        while position < len(text.rstrip()):
+            match = _OVERRIDE.match(text, position)
+            if not match:
+                raise ConfigError(
+                    f"-c {text!r} cannot be read from {text[position:].strip()!r} on; write key=value pairs such as 'training.epochs=50'"
+                )
+            key, value = match.groups()
+            try:
+                values[key] = tomllib.loads(f"value = {value}")["value"]
+            except tomllib.TOMLDecodeError:
+                values[key] = value
+            position = match.end()
+    return values
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from ckd_fed.config import resolve
+    from ckd_fed.training.central import train
+
+    train(resolve(parse_overrides(arguments.config)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from ckd_fed.config import resolve
+    from ckd_fed.launch import app_config, flower_run
+
+    app, overrides = Path(arguments.app), parse_overrides(arguments.config)
+    resolve(app_config(app), overrides)  # a wrong key or value is told here and now, not by a ServerApp half a minute later
+    flower_run(app, arguments.connection, [toml_overrides(overrides)] if overrides else [], print)
+
+
+def toml_overrides(values: dict[str, Any]) -> str:
+    """Overrides as the TOML that ``flwr run -c`` insists on: strings quoted."""
+    from ckd_fed.config import flatten
+
+    parts = []
+    for key, value in flatten(values).items():
+        text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value) if isinstance(value, (int, float)) else f'"{value}"'
+        parts.append(f"{key.replace('_', '-')}={text}")
+    return " ".join(parts)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from ckd_fed.verify import report
+
+    failed = [name for name in arguments.files if not report(Path(name), print)]
+    if failed:
+        raise CkdError(f"not reproduced: {', '.join(failed)}")
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from ckd_fed.config import resolve
+
+    print(resolve(parse_overrides(arguments.config)).to_yaml(), end="")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="ckd-fed", description="Federated counterfactual knowledge distillation for multimodal recommenders.")
+    parser.add_argument("--version", action="version", version=f"ckd-fed {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    override = argparse.ArgumentParser(add_help=False)
+    override.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="'KEY=VALUE …'",
+        help="override configuration keys, or name a TOML file; may be repeated",
+    )
+    train = commands.add_parser("train", parents=[override], help="train teachers and student in this process, without Flower")
+    train.set_defaults(action=_train)
+    run = commands.add_parser("run", parents=[override], help="flwr run, then wait; exits non-zero if the run failed")
+    run.add_argument("app", help="directory of the Flower app, for example simulations/baby")
+    run.add_argument("connection", nargs="?", help="name of a SuperLink connection; by default Flower's default connection")
+    run.set_defaults(action=_run)
+    verify = commands.add_parser("verify", help="recompute published reference files; exits 0 only if all errors are under 1e-9")
+    verify.add_argument("files", nargs="+", metavar="FILE")
+    verify.set_defaults(action=_verify)
+    config = commands.add_parser("config", parents=[override], help="print the resolved configuration")
+    config.set_defaults(action=_config)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors that a user can mend are one line on stderr and exit code 1."""
+    import warnings
+
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    parsed = build_parser().parse_args(arguments)
+    try:
+        parsed.action(parsed)
+    except CkdError as error:
+        sys.stdout.flush()
+        print(f"ckd-fed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("ckd-fed: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe went away
+        sys.stderr.close()
+        sys.exit(141)

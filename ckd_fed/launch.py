@@ -1,0 +1,187 @@
+"""``ckd-fed run``: ``flwr run``, then wait, show the log, and end with an exit code that means something.
+
+``flwr run`` returns 0 when the app failed, and on a local connection leaves a SuperLink in the background that keeps the environment
+of the first run. Here a local connection gets a SuperLink of its own, with today's environment, on free ports, stopped at the end.
+Flower is driven through its command line only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ckd_fed.errors import CkdError, ConfigError
+
+_STARTUP_SECONDS = 30.0
+_LOCAL = (":local:", ":local-in-memory:")
+
+
+class RunError(CkdError):
+    """The run failed, was stopped or could not be started."""
+
+
+def flower_run(app: Path, connection: str | None, overrides: Sequence[str], write: Callable[[str], None]) -> None:
+    """Run a Flower app to its end, showing its log.
+
+    Args:
+        app: the app's directory.
+        connection: name of a SuperLink connection; None for the default one.
+        overrides: of the run configuration, as for ``flwr run -c``.
+        write: prints one line.
+
+    Raises:
+        RunError: the run did not complete; the message ends with the reason.
+    """
+    environment = {**os.environ, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    environment.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with _superlink(connection, environment, write):
+        _run(app, connection, overrides, environment, write)
+
+
+def app_config(app: Path) -> dict[str, Any]:
+    """The run configuration that a Flower app declares, ``[tool.flwr.app.config]``.
+
+    Raises:
+        ConfigError: no Flower app in that directory.
+    """
+    path = app / "pyproject.toml"
+    if not path.is_file():
+        raise ConfigError(f"{app} is no Flower app: it has no pyproject.toml; name a directory such as simulations/baby")
+    try:
+        declared = tomllib.loads(path.read_text())["tool"]["flwr"]["app"].get("config", {})
+    except (tomllib.TOMLDecodeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} declares no Flower app ([tool.flwr.app]): {error}") from None
+    return dict(declared)
+
+
+def _run(app: Path, connection: str | None, overrides: Sequence[str], environment: dict[str, str], write: Callable[[str], None]) -> None:
+    target = [connection] if connection else []
+    options = [word for override in overrides for word in ("-c", override)]
+    started = _json(["run", str(app), *target, "--format", "json", *options], environment)
+    run_id = str(started.get("run-id") or "")
+    if not run_id:
+        raise RunError(f"flwr run did not start: {started.get('error-message') or started}")
+    try:
+        subprocess.run([*_flwr(), "log", run_id, *target, "--stream"], env=environment, check=False)
+        status, details = _wait(run_id, target, environment)
+    except KeyboardInterrupt:
+        subprocess.run([*_flwr(), "stop", run_id, *target], env=environment, check=False, stdout=subprocess.DEVNULL)
+        raise RunError(f"interrupted; run {run_id} was asked to stop") from None
+    if status != "finished:completed":
+        raise RunError(f"run {run_id} ended as {status.partition(':')[2] or status}: {_reason(details)}")
+
+
+def _wait(run_id: str, target: Sequence[str], environment: dict[str, str]) -> tuple[str, str]:
+    while True:
+        listed = _json(["ls", *target, "--run-id", run_id, "--format", "json"], environment)
+        runs = listed.get("runs") or [{}]
+        status = str(runs[0].get("status", ""))
+        if not status:
+            raise RunError(f"flwr ls does not know run {run_id}: {listed.get('error-message') or listed}")
+        if status.startswith("finished"):
+            return status, str(runs[0].get("status-details") or "")
+        time.sleep(2.0)
+
+
+def _json(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+    done = subprocess.run([*_flwr(), *arguments], env=environment, check=False, capture_output=True, text=True)
+    start = done.stdout.find("{")
+    try:
+        found = json.loads(done.stdout[start:]) if start >= 0 else {}
+    except json.JSONDecodeError:
+        found = {}
+    if not isinstance(found, dict) or not found:
+        said = " ".join((done.stderr + " " + done.stdout).split())
+        raise RunError(f"flwr {arguments[0]} failed: {said[-600:] or f'exit code {done.returncode}, no output'}")
+    return found
+
+
+def _reason(details: str) -> str:
+    lines = [line.strip() for line in details.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given; see the log above"
+
+
+def _flwr() -> list[str]:
+    return [_tool("flwr")]
+
+
+def _tool(name: str) -> str:
+    """A command of this very environment, whatever PATH says."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if not found:
+        raise RunError(f"the command {name} is not installed beside {sys.executable}; install ckd_fed into an environment of its own")
+    return found
+
+
+def _is_local(connection: str | None) -> bool:
+    """Whether Flower's configuration makes a connection a local simulation; so is the default one where there is no configuration."""
+    path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
+    if not path.is_file():
+        return connection in (None, "local")
+    try:
+        table = tomllib.loads(path.read_text()).get("superlink", {})
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    entry = table.get(connection or table.get("default", "local"), {})
+    return isinstance(entry, dict) and entry.get("address") in _LOCAL
+
+
+@contextmanager
+def _superlink(connection: str | None, environment: dict[str, str], write: Callable[[str], None]) -> Iterator[None]:
+    """For a local connection, a SuperLink of our own for as long as the context lasts; nothing for any other."""
+    if not _is_local(connection):
+        yield
+        return
+    http, control = _free_port(), _free_port()
+    environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"], environment["FLWR_LOCAL_CONTROL_API_PORT"] = str(http), str(control)
+    log = Path(tempfile.mkdtemp(prefix="ckd-fed-superlink-")) / "superlink.log"
+    command = [_tool("flower-superlink")]
+    command += ["--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(http)]
+    command += ["--control-api-address", f"127.0.0.1:{control}"]
+    # Processes that the SuperLink starts by name (flwr-simulation and the like) must be this environment's.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _await_health(process, http, log)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    log.unlink()
+    log.parent.rmdir()
+
+
+def _await_health(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + _STARTUP_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise RunError(f"the local SuperLink did not start within {_STARTUP_SECONDS:.0f} s; its log is {log}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
