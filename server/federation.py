@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ckd_fed.checkpoint import save_checkpoint
 from ckd_fed.config import Config
 from ckd_fed.errors import ReplyError
 from ckd_fed.evaluation.metrics import RankingMetrics, metric_keys
@@ -134,7 +133,8 @@ class Federation:
             gain = stopping.update(values[f"val/{METRIC}"], epoch)
             if gain:
                 best = weights
-                save_checkpoint(self.record.directory / "checkpoints" / "best.safetensors", best, {"epoch": epoch, "round": self.number})
+                self.record.checkpoint("best", best, epoch=epoch, round=self.number)
+            self.record.checkpoint("last", weights, epoch=epoch, round=self.number)
             n_bytes = training.sent_bytes + sum(reply.n_bytes for reply in replies.values())
             margin_bytes = sum(reply.n_bytes for (action, _), reply in replies.items() if action == "score")
             values.update(epoch=float(epoch), gain=float(gain), seconds=time.monotonic() - started, bytes=float(n_bytes))

@@ -58,12 +58,9 @@ class Reweighting:
         if abs(sum(weights.values()) - len(weights)) > 1e-3 * len(weights):
             raise ReplyError(f"round {number}: the weights {weights} do not sum to the number of modalities, {len(weights)}")
         shares = {m: effect / sum(effects.values()) for m, effect in effects.items()}
-        self.rounds[number] = RoundState(effects, shares, weights)
-        return {
-            **{f"effect/{m}": value for m, value in effects.items()},
-            **{f"effect_share/{m}": value for m, value in shares.items()},
-            **{f"weight/{m}": value for m, value in weights.items()},
-        }
+        self.rounds[number] = state = RoundState(effects, shares, weights)
+        kinds = {"effect": state.effects, "effect_share": state.shares, "weight": state.weights}
+        return {f"{kind}/{m}": value for kind, values in kinds.items() for m, value in values.items()}
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:

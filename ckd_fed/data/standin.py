@@ -1,9 +1,9 @@
 """The built-in stand-in for Amazon Baby: a small dataset generated from a seed where the real one is not at hand.
 
 It has two modalities with a planted imbalance. Users and items have latent factors of two kinds; an item is chosen for its ``text``
-factors, for its ``image`` factors, for its popularity and by chance. The text factors weigh more and the text features show them
-clearly; the image factors weigh less and the image features show them through noise, but they say what the text does not. So a plain
-student leans on text, and a distilled one has something to gain from the image teacher.
+factors, for its ``image`` factors, for its popularity and by chance. The text factors weigh twice as much and the text features
+show them at full scale; the image features show theirs at a fifth of it, but say what the text does not. Both are noisy. So a
+plain student has fitted its training triples with text before it has learnt image, and a distilled one gains from the image teacher.
 
 Every node that generates it gets the same files bit for bit, whatever its hardware, BLAS or numpy: all draws come from the
 counter-based generator of the triple stream and everything that decides a choice is an integer. Products of factors go through
@@ -85,7 +85,7 @@ class Plan:
     popularity: int = 14
     chance: int = 80
     text: Modality = Modality("text", pull=150, dimension=64, noise=240, scale=100)
-    image: Modality = Modality("image", pull=75, dimension=128, noise=320, scale=18)
+    image: Modality = Modality("image", pull=75, dimension=128, noise=240, scale=20)
 
 
 DEFAULT_PLAN = Plan()
@@ -109,7 +109,7 @@ def generate_standin(directory: Path, seed: int = DEFAULT_SEED, plan: Plan = DEF
         DataError: ``directory`` exists and is no stand-in, so that it is left alone.
     """
     marker = {"version": VERSION, "seed": seed, "plan": asdict(plan)}
-    if _marker_of(directory) == marker:
+    if _complete(directory, marker):
         return directory
     _refuse_foreign(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def generate_standin(directory: Path, seed: int = DEFAULT_SEED, plan: Plan = DEF
         fresh.mkdir()
         _write(fresh, seed, plan, marker)
         with _lock(directory.parent):
-            if _marker_of(directory) == marker:  # another process was faster
+            if _complete(directory, marker):  # another process was faster
                 return directory
             _refuse_foreign(directory)
             if directory.exists():
@@ -138,12 +138,14 @@ def _lock(folder: Path) -> Iterator[None]:
         os.close(handle)  # releases it
 
 
-def _marker_of(directory: Path) -> object:
-    """What the marker file says; None where there is none or it cannot be read."""
+def _complete(directory: Path, marker: dict[str, object]) -> bool:
+    """Whether the stand-in that ``marker`` describes is there, with all its files."""
     try:
-        return json.loads((directory / MARKER).read_bytes())
+        found = json.loads((directory / MARKER).read_bytes())
     except (OSError, ValueError):
-        return None
+        return False
+    names = [*(f"{split}.json" for split in SPLITS), "text_feat.npy", "image_feat.npy"]
+    return found == marker and all((directory / name).is_file() for name in names)
 
 
 def _refuse_foreign(directory: Path) -> None:

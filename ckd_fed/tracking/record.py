@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from ckd_fed.checkpoint import save_checkpoint
 from ckd_fed.config import Config
 from ckd_fed.errors import ConfigError, DataError
 from ckd_fed.home import write_atomically
@@ -90,7 +93,7 @@ class Record:
 
         <home>/runs/<run>/config.yaml       as resolved
                           metrics.jsonl     one JSON object a line, each flushed to disk before the run goes on
-                          checkpoints/      best.safetensors
+                          checkpoints/      best.safetensors, last.safetensors: the student's parameters
                           wandb/            what W&B writes
 
     Rows carry ``event`` (``start``, ``validation``, ``round``, ``final``), ``time``, and ``round``, a counter over both phases.
@@ -155,6 +158,10 @@ class Record:
         """A round of phase 2; ``values`` holds ``epoch``, losses, ``val/…``, per-modality numbers, ``seconds`` and ``bytes``."""
         self.row("round", phase="distillation", round=number, **values)
         self.write(console.distillation_line(number, values, modalities))
+
+    def checkpoint(self, name: str, parameters: Mapping[str, np.ndarray], **state: Any) -> None:
+        """Keep a student's parameters as ``checkpoints/<name>.safetensors``, replacing what was there."""
+        save_checkpoint(self.directory / "checkpoints" / f"{name}.safetensors", parameters, state)
 
     def finish(self, result: RunResult, seconds: float) -> None:
         """Write the final row and print the final table."""

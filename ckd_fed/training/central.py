@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ckd_fed.backbones.base import Embeddings
+from ckd_fed.checkpoint import to_arrays
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import open_dataset, standin_notice
@@ -93,6 +94,8 @@ def _distil(config: Config, dataset: Dataset, record: Record, result: RunResult,
         record.distillation_round(number, against_teachers(row, result), dataset.modalities)
 
     fit.advance(sheets=sheets if teachers else None, on_validation=report)
+    record.checkpoint("last", to_arrays(fit.trainer.snapshot()), epoch=fit.epoch, round=number)
+    record.checkpoint("best", to_arrays(fit.best), epoch=fit.stopping.best_epoch)
     fit.trainer.restore(fit.best)
     return fit
 

@@ -76,7 +76,7 @@ class Fit:
             self.epoch += 1
             if self.epoch % self.validate_every and self.epoch != self.max_epochs:
                 continue
-            row = {"epoch": float(self.epoch), **mean_values(pending), **validate(self.trainer)}
+            row = {"epoch": float(self.epoch), **with_effect_shares(mean_values(pending)), **validate(self.trainer)}
             gain = self.stopping.update(row[f"val/{METRIC}"], self.epoch)
             if gain:
                 self.best = self.trainer.snapshot()
@@ -92,6 +92,12 @@ def validate(trainer: Trainer) -> Values:
     """Validation metrics: the joint view's as ``val/<metric>``, each modality's as ``only/m/<metric>``."""
     values = trainer.diagnose(trainer.dataset.val).compute()
     return {name if name.startswith("only/") else f"val/{name}": value for name, value in values.items()}
+
+
+def with_effect_shares(values: Values) -> Values:
+    """Add ``effect_share/m``: each modality's mean effect over the sum of all modalities'."""
+    effects = {name.removeprefix("effect/"): value for name, value in values.items() if name.startswith("effect/")}
+    return {**values, **{f"effect_share/{m}": effect / sum(effects.values()) for m, effect in effects.items()}}
 
 
 def mean_values(rows: Sequence[Values], weights: Sequence[float] | None = None) -> Values:

@@ -72,8 +72,8 @@ class Trainer:
             steps: the epoch's triples where the caller has them already.
 
         Returns:
-            Means over the steps: ``loss/total`` and its terms; with distillation, per modality m ``effect/m``, ``effect_share/m``,
-            ``weight/m``, ``specific/m`` and ``generic/m``.
+            Means over the steps: ``loss/total`` and its terms; with distillation, per modality m ``effect/m``, ``weight/m``,
+            ``specific/m`` and ``generic/m``.
 
         Raises:
             TrainingError: a loss is not finite.
@@ -100,8 +100,6 @@ class Trainer:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
-        effects = {name.removeprefix("effect/"): value for name, value in values.items() if name.startswith("effect/")}
-        values.update({f"effect_share/{m}": effect / sum(effects.values()) for m, effect in effects.items()})
         return values
 
     def rank(self, held_out: Interactions, view: View | None = None, share: tuple[int, int] = (0, 1)) -> RankingMetrics:

@@ -1,0 +1,180 @@
+"""No reply is believed unchecked: every kind of wrong answer ends the run with a reason and is never used."""
+
+import shutil
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from ckd_fed.errors import ReplyError
+from clients import node as client_node
+
+QUICK = {
+    "dataset": "toy",
+    "model.embedding-dim": 4,
+    "training.epochs": 4,
+    "training.validate-every": 2,
+    "training.batch-size": 16,
+    "training.threads": 1,
+    "distillation.batch-size": 20,
+    "federation.reply-timeout": 1,
+}
+
+
+@pytest.fixture
+def refused(tmp_path, write_dataset, federate):
+    """Run with the replies to one action changed; return the reason for which the run ended."""
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy", n_users=30)
+
+    def run(action, change):
+        def tamper(message, reply):
+            return change(message, reply) if message.metadata.message_type.endswith(f".{action}") else reply
+
+        with pytest.raises(ReplyError) as caught:
+            federate(QUICK, tamper=tamper)
+        text = str(caught.value)
+        assert "\n" not in text
+        return text
+
+    return run
+
+
+def edit(record, **changes):
+    """A change of some entries of a reply's record; ``None`` removes one."""
+
+    def change(message, reply):
+        entries = dict(reply.content[record])
+        for name, value in changes.items():
+            entries[name.replace("_", "-")] = value
+            if value is None:
+                del entries[name.replace("_", "-")]
+        kind = {"reply": ConfigRecord, "metrics": MetricRecord, "arrays": ArrayRecord}[record]
+        reply.content[record] = kind(entries)
+        return reply
+
+    return change
+
+
+def array(name, make):
+    """Replace an array of a reply by a function of it."""
+
+    def change(message, reply):
+        old = reply.content["arrays"][name]
+        new = make(np.frombuffer(old.data, dtype=old.dtype).reshape(old.shape))
+        if isinstance(new, np.ndarray):
+            new = Array(dtype=new.dtype.str, shape=new.shape, stype="raw", data=new.tobytes())
+        reply.content["arrays"] = ArrayRecord({**dict(reply.content["arrays"]), name: new})
+        return reply
+
+    return change
+
+
+def poison(values):
+    values = values.copy()
+    values.flat[3] = np.nan
+    return values
+
+
+@pytest.mark.parametrize("action", ["fit", "test", "score", "distil", "evaluate"])
+@pytest.mark.parametrize(
+    ("change", "mention"),
+    [
+        (edit("reply", run="another"), "run 'another' instead of 'fed'"),
+        (edit("reply", round=77), "round 77 instead of"),
+        (edit("reply", role="teacher/audio"), "role 'teacher/audio' instead of"),
+        (edit("reply", action="enrol"), "action 'enrol' instead of"),
+        (edit("reply", protocol=99), "wire protocol"),
+        (edit("reply", error="the disk is full"), "the disk is full"),
+        (lambda message, reply: None, "no reply to"),
+        (lambda message, reply: Message(RecordDict(), reply_to=message), "not of this framework's form"),
+        (lambda message, reply: Message(RecordDict({"reply": MetricRecord({"a": 1.0})}), reply_to=message), "not of this framework's form"),
+        (lambda message, reply: Message(Error(2, "Traceback\nValueError: boom"), reply_to=message), "ValueError: boom"),
+    ],
+)
+def test_answers_to_something_else(action, change, mention, refused):
+    assert mention in refused(action, change)
+
+
+@pytest.mark.parametrize(
+    ("action", "change", "mention"),
+    [
+        ("score", array("margins/0", poison), "1 NaN or infinite entries"),
+        ("score", array("margins/0", lambda a: a[:-1]), "is needed"),
+        ("score", array("margins/0", lambda a: a.astype("<f4")), "float32"),
+        ("score", array("margins/0", lambda a: Array(dtype="<f2", shape=a.shape, stype="raw", data=a.tobytes()[:-2])), "does not fit"),
+        ("score", array("margins/0", lambda a: Array(dtype="<f2", shape=(-1, -a.size), stype="raw", data=a.tobytes())), "does not fit"),
+        ("score", array("margins/0", lambda a: Array(dtype="|O", shape=a.shape, stype="numpy.ndarray", data=a.tobytes())), "'|O'"),
+        ("score", edit("reply", hashes=None), "one for each of 1 workers"),
+        ("score", edit("reply", hashes=["a", "b"]), "one for each of 1 workers"),
+        ("distil", array("weights/user_embedding", poison), "not finite"),
+        ("distil", array("weights/user_embedding", lambda a: a[:-1]), "shape"),
+        ("distil", array("weights/user_embedding", lambda a: a.astype("<f2")), "float16"),
+        ("distil", lambda message, reply: edit("arrays", **{"weights/another": Array(np.zeros(1, dtype="<f4"))})(message, reply), "another"),
+        ("distil", edit("reply", epoch=3), "stopped at epoch 3"),
+        ("distil", edit("reply", samples=1), "its share is"),
+        ("distil", edit("metrics", **{"val/recall@20": float("nan")}), "val/recall@20"),
+        ("distil", edit("metrics", **{"val/recall@20": 1.5}), "between 0 and 1"),
+        ("distil", edit("metrics", **{"val/recall@20": None}), "'val/recall@20' is missing"),
+        ("distil", edit("metrics", **{"effect/image": 11.0}), "effect of image is 11.0"),
+        ("distil", edit("metrics", **{"weight/image": 2.5}), "do not sum"),
+        ("fit", edit("reply", epoch=0), "epoch"),
+        ("fit", edit("reply", epoch=500), "epoch 500"),
+        ("fit", edit("reply", done=1), "true or false"),
+        ("fit", edit("metrics", **{"val/recall@20": [0.5]}), "lists of one length"),
+        ("fit", edit("metrics", **{"val/recall@20": [float("inf"), 0.1]}), "finite"),
+        ("test", edit("metrics", **{"recall@20": None}), "'recall@20' is missing"),
+        ("test", edit("metrics", **{"ndcg@10": -0.1}), "between 0 and 1"),
+        ("evaluate", edit("reply", n_users=-1), "n-users"),
+        ("evaluate", edit("metrics", **{"sum/recall@20": 1e9}), "between 0 and 1"),
+    ],
+)
+def test_wrong_contents(action, change, mention, refused):
+    if action == "distil" and ("shape" in mention or "another" in mention):
+        change = second_time(change)  # what the student's parameters are is known from its first reply
+    assert mention in refused(action, change)
+
+
+def second_time(change):
+    """Change a worker's replies from the second on."""
+    calls = []
+
+    def later(message, reply):
+        calls.append(reply)
+        return reply if len(calls) == 1 else change(message, reply)
+
+    return later
+
+
+def test_a_student_refuses_margins_of_other_triples(refused):
+    """Both teachers agree on the wrong triples (another seed, say): the student, which derives its own, notices."""
+    assert "belong to other triples" in refused("score", edit("reply", hashes=["f" * 64]))
+
+
+def test_teachers_that_answer_for_different_triples(refused):
+    def one(message, reply):
+        return edit("reply", hashes=["f" * 64])(message, reply) if message.content["request"]["role"] == "teacher/text" else reply
+
+    assert "teachers image and text answered for different triples" in refused("score", one)
+
+
+def test_a_reply_of_an_earlier_round_is_not_used(refused):
+    kept = []
+
+    def replay(message, reply):
+        kept.append(reply)
+        if len(kept) < 3:
+            return reply
+        old = kept[0]
+        return Message(old.content, reply_to=message)
+
+    assert "instead of" in refused("score", replay)
+
+
+def test_a_lost_workspace_is_noticed(tmp_path, refused):
+    def lose(message, reply):
+        client_node._FITS.clear()
+        shutil.rmtree(tmp_path / "workspace" / "fed" / "teacher-image", ignore_errors=True)
+        return reply
+
+    assert "workspace" in refused("test", lose)

@@ -1,0 +1,169 @@
+"""Enrolment names whatever is missing, doubled or different."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ckd_fed.config import resolve
+from ckd_fed.errors import EnrolmentError
+from ckd_fed.wire import NodeCard
+from server.enrolment import assign, different_features
+
+CARD = NodeCard(
+    role="", modality="", partition=-1, partitions=0, code="0.1.0+aaaaaaaa", split="s" * 64, n_users=10, n_items=20, n_train=30,
+    modalities="image,text", features=json.dumps({"image": "i", "text": "t"}), dataset="toy", standin=False, device="cpu", host="here",
+)  # fmt: skip
+
+
+def teacher(modality, **changes):
+    return replace(CARD, role="teacher", modality=modality, modalities=modality, features=json.dumps({modality: modality[0]}), **changes)
+
+
+def student(**changes):
+    return replace(CARD, role="student", **changes)
+
+
+def simulated(n):
+    return {100 + index: replace(CARD, partition=index, partitions=n) for index in range(n)}
+
+
+def config(**overrides):
+    return resolve({"dataset": "toy"}, overrides)
+
+
+def test_real_nodes_take_the_roles_of_their_node_config():
+    plan, missing = assign(config(), {5: teacher("text"), 6: student(), 7: teacher("image")})
+    assert missing == ""
+    assert dict(plan.teachers) == {"image": 7, "text": 5}
+    assert plan.students == (6,)
+    assert plan.spare == ()
+    assert different_features(plan) == []
+    assert [line.split()[0:2] for line in plan.describe()] == [["teacher", "image"], ["teacher", "text"], ["student", "node"]]
+
+
+@pytest.mark.parametrize(
+    ("cards", "missing"),
+    [
+        ({5: teacher("text"), 6: student()}, "the teacher of image is missing"),
+        ({6: student()}, "the teacher of image and of text is missing"),
+        ({5: teacher("text"), 7: teacher("image")}, "a student node is missing"),
+    ],
+)
+def test_what_is_missing_is_named_and_may_still_come(cards, missing):
+    plan, said = assign(config(), cards)
+    assert plan is None
+    assert missing in said
+
+
+@pytest.mark.parametrize(
+    ("cards", "mentions"),
+    [
+        ({5: teacher("text"), 6: student(), 7: teacher("text", host="there")}, ["'text' is taken twice", "node 5 on here", "node 7 on there"]),
+        ({5: teacher("audio"), 6: student()}, ["teacher audio (node 5 on here)", "unknown modality 'audio'", "choices: image, text"]),
+        ({5: teacher("text", split="x" * 64), 6: student()}, ["different splits", "xxxxxxxxxxxx", "ssssssssssss", "train.json"]),
+        ({5: teacher("text", code="0.2.0+bbbbbbbb"), 6: student()}, ["different code", "0.2.0+bbbbbbbb", "0.1.0+aaaaaaaa"]),
+        ({5: student(), 6: student(modalities="image,text,audio")}, ["different modalities", "image,text,audio"]),
+    ],
+)
+def test_what_waiting_cannot_mend_fails_at_once(cards, mentions):
+    with pytest.raises(EnrolmentError) as caught:
+        assign(config(), cards)
+    message = str(caught.value)
+    assert "\n" not in message
+    for mention in mentions:
+        assert mention in message
+
+
+def test_a_teacher_with_other_features_than_the_student_is_pointed_out():
+    plan, _ = assign(config(), {5: replace(teacher("text"), features=json.dumps({"text": "better"})), 6: student(), 7: teacher("image")})
+    assert different_features(plan) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "teachers", "students", "spare"),
+    [
+        (1, 1, {"image": 100, "text": 100}, (100,), ()),
+        (2, 1, {"image": 100, "text": 101}, (100,), ()),
+        (3, 1, {"image": 100, "text": 101}, (102,), ()),
+        (5, 1, {"image": 100, "text": 101}, (102,), (103, 104)),
+        (5, 2, {"image": 100, "text": 101}, (102, 103), (104,)),
+        (2, 3, {"image": 100, "text": 101}, (100,), ()),
+    ],
+)
+def test_roles_are_dealt_to_simulated_nodes(nodes, workers, teachers, students, spare):
+    plan, _ = assign(config(**{"federation.student-workers": workers}), simulated(nodes))
+    assert (dict(plan.teachers), plan.students, plan.spare) == (teachers, students, spare)
+
+
+def test_simulated_nodes_are_waited_for():
+    cards = simulated(3)
+    cards.pop(101)
+    plan, missing = assign(config(), cards)
+    assert plan is None
+    assert "1 of 3 simulated nodes are missing" in missing
+
+
+def test_nobody_comes(federate, refuses):
+    refuses(EnrolmentError, lambda: federate({"dataset": "toy"}, nodes={}), "no node has connected", "nodes there: none")
+
+
+def test_no_data(federate, refuses):
+    refuses(EnrolmentError, lambda: federate({"dataset": "toy"}), "unknown dataset 'toy'", "baby")
+
+
+def test_the_deadline_names_who_is_missing_and_who_is_there(tmp_path, write_dataset, federate, refuses):
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy")
+    nodes = [{"role": "student"}, {"role": "teacher", "modality": "text"}]
+    refuses(
+        EnrolmentError,
+        lambda: federate({"dataset": "toy"}, nodes=nodes),
+        "the teacher of image is missing",
+        "enrol-timeout",
+        "teacher text",
+        "student",
+    )
+
+
+@pytest.mark.parametrize(
+    ("node", "mentions"),
+    [
+        ({}, ["no role", "node-config"]),
+        ({"role": "pupil"}, ["unknown role 'pupil'", "student, teacher"]),
+        ({"role": "teacher"}, ["a teacher needs its modality"]),
+        ({"role": "teacher", "modality": "smell"}, ["unknown modality 'smell'", "image, text"]),
+        ({"role": "student", "data-dir": "/nowhere/at/all"}, ["/nowhere/at/all", "does not exist"]),
+        ({"role": "student", "device": "cuda:99"}, ["cuda:99", "GPUs"]),
+    ],
+)
+def test_a_node_that_cannot_take_part_says_why(node, mentions, tmp_path, write_dataset, federate, refuses):
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy")
+    refuses(EnrolmentError, lambda: federate({"dataset": "toy"}, nodes=[node]), *mentions)
+
+
+def test_two_nodes_with_different_splits(tmp_path, write_dataset, federate, refuses):
+    one, other = write_dataset("one"), write_dataset("other", seed=1)
+    nodes = [{"role": "student", "data-dir": str(one)}, {"role": "teacher", "modality": "text", "data-dir": str(other)}]
+    refuses(EnrolmentError, lambda: federate({"dataset": "toy"}, nodes=nodes), "different splits")
+
+
+def test_a_teacher_node_needs_no_other_modality_on_its_disk(tmp_path, write_dataset, federate):
+    folders = {}
+    for role, keep in {"image": {"image"}, "text": {"text"}, "student": {"image", "text"}}.items():
+        folders[role] = write_dataset(role, n_users=30)
+        for path in folders[role].glob("*_feat.npy"):
+            if path.name.removesuffix("_feat.npy") not in keep:
+                path.unlink()
+    nodes = [
+        {"role": "teacher", "modality": "image", "data-dir": str(folders["image"]), "home": str(tmp_path / "a")},
+        {"role": "student", "data-dir": str(folders["student"]), "home": str(tmp_path / "b")},
+        {"role": "teacher", "modality": "text", "data-dir": str(folders["text"]), "home": str(tmp_path / "c")},
+    ]
+    quick = {"training.epochs": 2, "training.validate-every": 1, "training.batch-size": 16, "distillation.batch-size": 20}
+    result, _, federation = federate({"dataset": "toy", **quick}, nodes=nodes)
+    assert set(result.outcomes) == {"teacher/image", "teacher/text", "student"}
+    assert dict(federation.plan.teachers) == {"image": 1001, "text": 1003}
+    for home, role in {"a": "teacher-image", "b": "student-0", "c": "teacher-text"}.items():
+        assert (tmp_path / home / "workspace" / "fed" / role / "state.safetensors").is_file()

@@ -1,0 +1,151 @@
+"""A federated run with one student is the central run, and everything that may vary about the federation leaves it so."""
+
+import numpy as np
+import pytest
+
+from ckd_fed.backbones import BACKBONES
+from ckd_fed.checkpoint import load_checkpoint
+from ckd_fed.config import resolve
+from ckd_fed.tracking.record import read_rows
+from ckd_fed.training.central import train
+from clients import node as client_node
+
+SMALL = {
+    "dataset": "toy",
+    "data.modalities": "image,text",
+    "model.embedding-dim": 8,
+    "training.batch-size": 64,
+    "training.epochs": 15,
+    "training.validate-every": 5,
+    "training.learning-rate": 0.01,
+    "training.threads": 1,
+    "distillation.batch-size": 100,
+    "distillation.rho": 1.0,
+    "federation.teacher-epochs": 10,
+    "tracking.wandb": "off",
+}
+
+
+@pytest.fixture
+def toy(tmp_path, write_dataset):
+    """A dataset at ``<home>/data/toy``; returns the home."""
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy", n_users=60, n_items=40, n_modalities=3)
+    return tmp_path
+
+
+def parameters(home, run, name="last"):
+    return load_checkpoint(home / "runs" / run / "checkpoints" / f"{name}.safetensors")[0]
+
+
+def largest_difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_three_rounds_give_the_central_student(backbone, toy, federate):
+    overrides = {**SMALL, "backbone": backbone, "distillation.margin-dtype": "float32", "plain": True}
+    central = train(resolve(overrides, {"home": str(toy), "name": "central"}))
+    result, _, _ = federate(overrides)
+
+    assert largest_difference(parameters(toy, "fed"), parameters(toy, "central")) <= 1e-6
+    assert result.outcomes.keys() == central.outcomes.keys() == {"teacher/image", "teacher/text", "plain", "student"}
+    for name, outcome in central.outcomes.items():
+        assert result.outcomes[name].best_epoch == outcome.best_epoch, name
+        assert result.outcomes[name].test == pytest.approx(outcome.test, abs=1e-12), name
+    rounds = [[row for row in read_rows(toy / "runs" / run / "metrics.jsonl") if row["event"] == "round"] for run in ("fed", "central")]
+    for federated, alone in zip(*rounds, strict=True):
+        for key in alone:
+            if key != "time" and not key.endswith("seconds") and not key.startswith("bytes"):
+                assert federated[key] == pytest.approx(alone[key], abs=1e-6), key
+
+
+def test_float16_margins_move_the_student_only_by_rounding(toy, federate):
+    exact, _, _ = federate({**SMALL, "distillation.margin-dtype": "float32"}, run="exact")
+    rounded, _, _ = federate(SMALL, run="rounded")
+    assert 0 < largest_difference(parameters(toy, "rounded"), parameters(toy, "exact")) < 1e-2
+    assert rounded.outcomes["student"].validation == pytest.approx(exact.outcomes["student"].validation, abs=0.02)
+
+
+def test_a_fresh_process_for_every_message_changes_nothing(toy, federate):
+    """As in a deployment: what a node needs is on its disk."""
+    federate(SMALL, run="kept")
+
+    def forget(message, reply):
+        client_node._FITS.clear()
+        return reply
+
+    federate(SMALL, run="forgotten", tamper=forget)
+    assert largest_difference(parameters(toy, "forgotten"), parameters(toy, "kept")) == 0
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 5])
+def test_the_number_of_simulated_nodes_changes_nothing(nodes, toy, federate):
+    _, grid, federation = federate(SMALL, nodes=[{"partition-id": index, "num-partitions": nodes} for index in range(nodes)])
+    assert len(federation.plan.students) == 1
+    assert len(federation.plan.spare) == max(0, nodes - 3)
+    reference = federate(SMALL, run="reference")
+    assert reference[0].outcomes["student"].test
+    assert largest_difference(parameters(toy, "fed"), parameters(toy, "reference")) == 0
+    assert grid.seen
+
+
+def test_three_modalities_need_no_new_line(toy, federate):
+    result, _, federation = federate({**SMALL, "data.modalities": "image,text,audio"})
+    assert set(result.outcomes) == {"teacher/image", "teacher/text", "teacher/audio", "student"}
+    for state in federation.reweighting.rounds.values():
+        assert sum(state.weights.values()) == pytest.approx(3)
+        assert sum(state.shares.values()) == pytest.approx(1)
+
+
+def test_two_student_workers_share_the_steps_and_are_averaged(toy, federate):
+    result, grid, federation = federate(
+        {**SMALL, "federation.student-workers": 2}, nodes=[{"partition-id": i, "num-partitions": 4} for i in range(4)]
+    )
+    assert len(federation.plan.students) == 2
+    steps = federation.steps
+    samples = {
+        reply.content["reply"]["role"]: reply.content["reply"]["samples"]
+        for message, reply in grid.seen
+        if message.metadata.message_type == "train.distil"
+    }
+    assert samples == {"student/0": 5 * len(range(0, steps, 2)) * 64, "student/1": 5 * len(range(1, steps, 2)) * 64}
+    last = [reply for message, reply in grid.seen if message.metadata.message_type == "train.distil"][-2:]
+    weights = [reply.content["reply"]["samples"] for reply in last]
+    for name, array in parameters(toy, "fed").items():
+        sent = [np.frombuffer(reply.content["arrays"][f"weights/{name}"].data, dtype="<f4").reshape(array.shape) for reply in last]
+        np.testing.assert_allclose(array, np.average(sent, axis=0, weights=weights), rtol=1e-6, atol=1e-7)
+    assert 0 < result.outcomes["student"].test["recall@20"] <= 1
+
+
+def test_without_distillation_no_teacher_is_asked(toy, federate):
+    result, grid, _ = federate({**SMALL, "distillation.enabled": False})
+    assert set(result.outcomes) == {"student"}
+    assert {message.metadata.message_type for message, _ in grid.seen} == {"query.enrol", "train.distil", "query.evaluate"}
+    train(resolve(SMALL, {"distillation.enabled": False, "home": str(toy), "name": "central"}))
+    assert largest_difference(parameters(toy, "fed"), parameters(toy, "central")) <= 1e-6
+
+
+def test_scores_of_the_next_stretch_are_asked_for_while_this_one_trains(toy, federate):
+    _, grid, _ = federate(SMALL)
+    kinds = [message.metadata.message_type.partition(".")[2] for message, _ in grid.seen]
+    first = kinds.index("distil")
+    assert kinds[first - 2 : first] == ["score", "score"]  # the first stretch
+    assert kinds[first : first + 3] == ["distil", "score", "score"]  # pulled together
+
+
+def test_neither_features_nor_interactions_nor_teachers_travel(toy, federate):
+    """Only margins, the student's parameters and numbers: every array of every message is one of those, by name and size."""
+    _, grid, federation = federate(SMALL)
+    for message, reply in grid.seen:
+        for content in (message.content, reply.content):
+            for name in content.get("arrays", {}):
+                assert name.startswith(("weights/", "margins/"))
+        action = message.metadata.message_type.partition(".")[2]
+        role = message.content["request"]["role"]
+        if role.startswith("teacher/"):
+            allowed = {"score": {"margins/0"}}.get(action, set())
+            assert set(reply.content.get("arrays", {})) <= allowed
+            assert "arrays" not in message.content
+    assert federation.result
