@@ -8,6 +8,7 @@ Values come in layers, later ones winning: the defaults below, ``configs/dataset
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -137,7 +138,9 @@ class Config:
     def __post_init__(self) -> None:
         if not self.dataset or any(mark in self.dataset for mark in "/\\") or self.dataset.startswith("."):
             raise ConfigError(f"dataset is {self.dataset!r}; a plain name such as 'baby' is needed (use data.dir for a folder elsewhere)")
-        if any(mark in self.name for mark in "/\\") or self.name.startswith("."):
+        if self.backbone not in BACKBONES:
+            raise ConfigError(unknown("backbone", self.backbone, BACKBONES))
+        if not self.name.isprintable() or any(mark in self.name for mark in "/\\") or self.name.startswith("."):
             raise ConfigError(f"name is {self.name!r}; a run's name is a plain folder name")
         ks = self.ks
         if 20 not in ks:
@@ -179,7 +182,7 @@ class Config:
 
 def _check_device(device: str) -> None:
     kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (":" in device and not (kind == "cuda" and index.isdigit())):
+    if kind not in ("auto", "cpu", "cuda") or (":" in device and not (kind == "cuda" and index.isascii() and index.isdecimal())):
         raise ConfigError(unknown("training.device", device, ["auto", "cpu", "cuda", "cuda:N"]))
 
 
@@ -217,13 +220,13 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
         given.update({key: value for key, value in flatten(layer).items() if value != ""})
     defaults = Config()
     names = {key: str(given.get(key, getattr(defaults, key))) for key in ("dataset", "backbone", "recipe")}
-    if names["backbone"] not in BACKBONES:
-        raise ConfigError(unknown("backbone", names["backbone"], BACKBONES))
     values: dict[str, Any] = {}
     recipe = read_recipe(names["recipe"]) if names["recipe"] else {}
     for key in ("dataset", "backbone"):  # a recipe may choose them too, unless they are given
         if key not in given and key in recipe:
             names[key] = str(recipe[key])
+    if names["backbone"] not in BACKBONES:
+        raise ConfigError(unknown("backbone", names["backbone"], BACKBONES))
     for path in (configs_directory() / "datasets" / f"{names['dataset']}.yaml", configs_directory() / "backbones" / f"{names['backbone']}.yaml"):
         if path.is_file():
             values.update(_read_yaml(path))
@@ -252,7 +255,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(tree).__name__}")
-    return flatten(tree)
+    return {key: value for key, value in flatten(tree).items() if value != ""}
 
 
 def _build(values: Mapping[str, Any]) -> Config:
@@ -286,7 +289,7 @@ def _convert(key: str, value: Any, kind: type, rules: Mapping[str, Any]) -> Scal
     elif kind is int:
         good = isinstance(value, int) and not isinstance(value, bool)
     elif kind is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         value = float(value) if good else value
     else:
         good = isinstance(value, str)
@@ -297,6 +300,8 @@ def _convert(key: str, value: Any, kind: type, rules: Mapping[str, Any]) -> Scal
         raise ConfigError(unknown(key, value, rules["choices"]))
     if "above" in rules and not value > rules["above"]:
         raise ConfigError(f"{key} is {value!r}; it must be greater than {rules['above']}")
+    if kind is int and value >= 2**63:
+        raise ConfigError(f"{key} is {value!r}; a whole number below 2**63 is needed")
     if "low" in rules and not value >= rules["low"]:
         raise ConfigError(f"{key} is {value!r}; it must be at least {rules['low']}")
     return value

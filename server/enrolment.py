@@ -134,6 +134,7 @@ def assign(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, 
     else:
         teachers = {}
     workers = students[: config.federation.student_workers]
+    workers = workers[: _steps(config, cards[workers[0]])]
     used = {*workers, *teachers.values()}
     return Plan(
         {m: teachers[m] for m in modalities if m in teachers}, tuple(workers), tuple(n for n in cards if n not in used), cards, modalities
@@ -150,7 +151,13 @@ def _deal(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, s
     teachers = {m: nodes[index % len(nodes)] for index, m in enumerate(roles)}
     free = nodes[len(roles) :]
     workers = free[: config.federation.student_workers] or [nodes[len(roles) % len(nodes)]]
-    return Plan(teachers, tuple(workers), tuple(free[config.federation.student_workers :]), cards, modalities), ""
+    workers = workers[: _steps(config, cards[workers[0]])]
+    return Plan(teachers, tuple(workers), tuple(node for node in free if node not in workers), cards, modalities), ""
+
+
+def _steps(config: Config, card: NodeCard) -> int:
+    """Steps of an epoch: more student workers than that would have nothing to do."""
+    return card.n_train // config.training.batch_size + 1
 
 
 def _agree(cards: Mapping[int, NodeCard]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import Parameter, signature
@@ -13,7 +15,7 @@ import torch
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.backbones.base import Backbone
 from ckd_fed.data.interactions import Interactions
-from ckd_fed.errors import ConfigError, unknown
+from ckd_fed.errors import ConfigError, DataError, unknown
 
 
 def backbone_class(name: str) -> Callable[..., Backbone]:
@@ -53,12 +55,28 @@ def build_backbone(
         ConfigError: unknown backbone or option.
     """
     build = backbone_class(name)
-    known = [p.name for p in signature(build).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
-    for option in options:
+    known = {p.name: type(p.default) for p in signature(build).parameters.values() if p.kind is Parameter.KEYWORD_ONLY}
+    for option, value in options.items():
         if option not in known:
-            raise ConfigError(unknown(f"option of backbone {name}: model.", option, known))
+            raise ConfigError(unknown(f"option of backbone {name}", option, known))
+        _check_option(f"model.{option}", value, known[option])
+    for modality in features:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", modality) or any(hasattr(kind, modality) for kind in (torch.nn.ModuleDict, torch.nn.ParameterDict)):
+            raise DataError(
+                f"modality {modality!r} cannot be used: a name of letters, digits, - and _ is needed that torch's modules do not use; rename its file"
+            )
     tensors = {m: torch.from_numpy(np.array(x)).to(dtype) for m, x in features.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build(train, tensors, **options)
     return backbone.to(device=device, dtype=dtype)
+
+
+def _check_option(key: str, value: Any, kind: type) -> None:
+    """An option has its default's type; sizes are positive, weights are finite and not negative."""
+    if kind is int and not (type(value) is int and value >= 1):
+        raise ConfigError(f"{key} is {value!r}; a whole number of at least 1 is needed")
+    if kind is float and not (type(value) in (int, float) and value >= 0 and math.isfinite(value)):
+        raise ConfigError(f"{key} is {value!r}; a finite number of at least 0 is needed")
+    if kind is bool and type(value) is not bool:
+        raise ConfigError(f"{key} is {value!r}; true or false is needed")

@@ -27,7 +27,7 @@ class Propagation(nn.Module):
         super().__init__()
         # Six plain buffers: a module's .to(device) moves them, which it does not do reliably for sparse tensors.
         self.shape = matrix.shape
-        for name, csr in (("forward", matrix.tocsr()), ("transposed", matrix.T.tocsr())):
+        for name, csr in (("forward", matrix.tocsr(copy=True)), ("transposed", matrix.T.tocsr(copy=True))):
             csr.sort_indices()
             self.register_buffer(f"{name}_indptr", torch.from_numpy(csr.indptr.astype(np.int64)), persistent=False)
             self.register_buffer(f"{name}_indices", torch.from_numpy(csr.indices.astype(np.int64)), persistent=False)

@@ -96,28 +96,30 @@ class VBPR(Backbone):
         batches = [ranking] if distillation is None else [ranking, distillation]
         users = torch.cat([batch.users for batch in batches])  # (n,)
         items = torch.cat([batch.first for batch in batches] + [batch.second for batch in batches])  # (2n,)
-        n, size = len(users), len(ranking)
+        sizes = [len(batch) for batch in batches]
 
-        user_rows, first_rows, second_rows, margins = [], [], [], {}  # the ranking batch's rows, block by block
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []  # the ranking batch's rows, block by block
+        margins: list[dict[str | None, Tensor]] = [{} for _ in batches]  # of each batch, block by block
         for block in (None, *self.modalities):
             user = F.embedding(users, self.user_embedding if block is None else self.preference[block])  # (n, d)
             item = F.embedding(items, self.item_embedding) if block is None else self._project(block, items)  # (2n, d)
-            margins[block] = (user * (item[:n] - item[n:])).sum(-1)
-            user_rows.append(user[:size])
-            first_rows.append(item[:size])
-            second_rows.append(item[n : n + size])
+            # split, not slices: its backward is one concatenation, where every slice would fill a table of zeros
+            by_user, by_item = user.split(sizes), item.split(sizes * 2)
+            for index, margin in enumerate(margins):
+                margin[block] = (by_user[index] * (by_item[index] - by_item[len(batches) + index])).sum(-1)
+            rows.append((by_user[0], by_item[0], by_item[len(batches)]))
 
-        def margin(view: View, part: slice) -> Tensor:
-            return sum((margins[m][part] for m in self.modalities if m in view), margins[None][part])
+        def margin_of(view: View, blocks: dict[str | None, Tensor]) -> Tensor:
+            return sum((blocks[m] for m in self.modalities if m in view), blocks[None])
 
         output = StepOutput({}, {}, {})
         for view in dict.fromkeys([self.joint, *ranking_views]):
-            output.ranking[view] = margin(view, slice(0, size))
+            output.ranking[view] = margin_of(view, margins[0])
         if distillation is not None:
             for view in distillation_views:
-                output.distillation[view] = margin(view, slice(size, n))
-        rows = (torch.cat(user_rows, 1), torch.cat(first_rows, 1), torch.cat(second_rows, 1))
-        output.loss_terms = self.recommendation_loss(output.ranking[self.joint], *rows)
+                output.distillation[view] = margin_of(view, margins[1])
+        users_rows, first_rows, second_rows = (torch.cat(part, dim=1) for part in zip(*rows, strict=True))
+        output.loss_terms = self.recommendation_loss(output.ranking[self.joint], users_rows, first_rows, second_rows)
         return output
 
     def _project(self, modality: str, items: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Dataset:
 
 def modalities_in(directory: Path) -> tuple[str, ...]:
     """Modalities whose feature file is in a directory, sorted by name."""
-    return tuple(sorted(path.name[: -len(_SUFFIX)] for path in directory.glob(f"*{_SUFFIX}")))
+    return tuple(sorted(path.name[: -len(_SUFFIX)] for path in directory.glob(f"*{_SUFFIX}") if not path.name.startswith(".")))
 
 
 def load_dataset(
@@ -99,6 +99,9 @@ def load_dataset(
     _check_contiguous(directory, pairs, n_users)
 
     available = modalities_in(directory)
+    for modality in available:
+        if not modality:
+            raise DataError(f"{directory}: {_SUFFIX} has no modality in front of it ({modality!r}); name it <modality>{_SUFFIX}")
     wanted = tuple(modalities) if modalities is not None else available
     for modality in wanted:
         if modality not in available:

@@ -34,9 +34,13 @@ def open_npy(path: Path) -> np.ndarray:
             version = npy_format.read_magic(file)
             reader = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}[version]
             shape, fortran, dtype = reader(file)
-        except (ValueError, KeyError, SyntaxError, EOFError) as error:
-            raise DataError(f"{path} is not a readable .npy file ({error}); write it with numpy.save") from None
+        except Exception as error:  # a damaged header ends in whatever Python's tokenizer, parser or numpy's dtype makes of it
+            raise DataError(f"{path} is not a readable .npy file (damaged header: {type(error).__name__}); write it with numpy.save") from None
         offset = file.tell()
+    if not all(type(length) is int and 0 <= length < 2**48 for length in shape):
+        raise DataError(
+            f"{path} is damaged: its header claims the shape {ascii(shape)[:80] if len(shape) < 9 else 'of ' + str(len(shape)) + ' axes'}"
+        )
     if dtype.hasobject:
         raise DataError(f"{path} holds Python objects (dtype {dtype}), which are never unpickled; save a float32 or float16 array")
     size = 1
@@ -84,6 +88,8 @@ def load_mask(path: Path, n_items: int) -> np.ndarray | None:
     mask = open_npy(path)
     if mask.shape != (n_items,):
         raise DataError(f"{path} has shape {mask.shape}; a mask has one entry an item, ({n_items},)")
+    if mask.dtype.kind not in "buif":
+        raise DataError(f"{path} has dtype {mask.dtype}; a mask is an array of 0 and 1 (bool or a number)")
     if not np.isin(mask, (0, 1)).all():
         raise DataError(f"{path} has entries other than 0 and 1 (first: {mask[~np.isin(mask, (0, 1))][0]}); 1 marks an item that has the modality")
     present = mask.astype(bool)
@@ -108,7 +114,8 @@ def _blocks(features: np.ndarray) -> list[np.ndarray]:
 def _check_finite(path: Path, features: np.ndarray) -> None:
     bad = np.zeros(features.shape[1], dtype=np.int64)
     for block in _blocks(features):
-        bad += (~np.isfinite(block)).sum(axis=0)
+        with np.errstate(over="ignore"):  # what float32, in which training runs, cannot hold is infinite
+            bad += (~np.isfinite(block.astype(np.float32, copy=False))).sum(axis=0)
     if bad.any():
         columns = np.flatnonzero(bad)
         raise DataError(

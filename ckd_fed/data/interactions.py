@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ckd_fed.errors import DataError
+
+_PLAIN_ID = re.compile(r"0|[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
@@ -88,22 +91,24 @@ def read_split_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if len(table) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise DataError(f"{path}: user {twice} is listed twice")
+            raise DataError(f"{path}: user {twice if twice.isalnum() else ascii(twice)} is listed twice")
         return table
 
     try:
         table = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise DataError(f"{path} is damaged or truncated: {error}") from None
     if not isinstance(table, dict):
         raise DataError(f'{path} holds a {type(table).__name__}; {{"user id": [item ids]}} is needed')
     users: list[int] = []
     items: list[int] = []
     for key, row in table.items():
-        if not (key.isascii() and key.isdigit()):
-            raise DataError(f"{path}: user id {key!r} is not a non-negative integer")
+        if not _PLAIN_ID.fullmatch(key):
+            raise DataError(f"{path}: user id {key[:40]!r} is not a plain non-negative integer")
+        if len(key) > 15:
+            raise DataError(f"{path}: user id {key[:40]} is out of range; ids run from 0 without gaps")
         if not isinstance(row, list) or not all(type(item) is int for item in row):
-            raise DataError(f"{path}: the items of user {key} are {str(row)[:60]}; a list of integer item ids is needed")
+            raise DataError(f"{path}: the items of user {key} are {ascii(row)[:60]}; a list of integer item ids is needed")
         users.extend([int(key)] * len(row))
         items.extend(row)
     if not users:

@@ -26,6 +26,8 @@ def margin_sheet(teacher: Embeddings, steps: Sequence[StepTriples], dtype: np.dt
     Returns:
         ``(len(steps), B + K)``: ranking margins, then distillation margins.
     """
+    if not steps:
+        return np.empty((0, 0), dtype=dtype)
     device, limit = teacher.users.device, float(np.finfo(dtype).max)
     sheet = np.empty((len(steps), steps[0].ranking.shape[1] + steps[0].distillation.shape[1]), dtype=dtype)
     for row, triples in zip(sheet, steps, strict=True):

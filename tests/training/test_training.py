@@ -1,0 +1,360 @@
+"""Trainer and Fit: the arithmetic of a step, stretches, the best snapshot, and that the thing learns."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from ckd_fed.backbones import BACKBONES
+from ckd_fed.backbones.build import build_backbone
+from ckd_fed.data.dataset import Dataset
+from ckd_fed.data.triples import TripleStream
+from ckd_fed.distillation.margins import margin_sheet
+from ckd_fed.distillation.objective import DistillationObjective
+from ckd_fed.errors import TrainingError
+from ckd_fed.evaluation.metrics import RankingMetrics
+from ckd_fed.training import fit as fit_module
+from ckd_fed.training.fit import Fit, mean_values
+from ckd_fed.training.trainer import Trainer
+
+B, K = 8, 12
+KS = (10, 20)
+
+
+@pytest.fixture(params=sorted(BACKBONES))
+def backbone_name(request):
+    return request.param
+
+
+@pytest.fixture
+def problem(make_dataset):
+    return make_dataset(n_users=10, n_items=24, n_modalities=3)
+
+
+@pytest.fixture
+def make_trainer(problem, backbone_name):
+    """A trainer of the dataset, distilled or plain."""
+
+    def make(*, distilled=False, seed=0, modalities=("image", "text", "audio"), dtype=torch.float32, learning_rate=5e-3, share=(0, 1)):
+        features = {m: problem.features[m] for m in modalities}
+        backbone = build_backbone(backbone_name, problem.train, features, {"embedding_dim": 4, "l2": 1e-3}, seed=seed, dtype=dtype)
+        stream = TripleStream(problem.train, problem.fingerprint, 3, B, K if distilled else 0)
+        objective = DistillationObjective(rho=0.5, kappa=2.0, temperature=0.5) if distilled else None
+        return Trainer(backbone, problem, stream, learning_rate=learning_rate, objective=objective, ks=KS, share=share)
+
+    return make
+
+
+@pytest.fixture
+def sheets(make_trainer):
+    """Margins of fixed, untrained teachers."""
+    tables = {m: make_trainer(seed=10 + n, modalities=(m,)).embeddings() for n, m in enumerate(("image", "text", "audio"))}
+    return lambda steps: {m: margin_sheet(table, steps, np.dtype("<f4")) for m, table in tables.items()}
+
+
+def parameters(trainer):
+    return {key: value.detach().clone() for key, value in trainer.backbone.named_parameters()}
+
+
+def assert_equal_bits(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_fit_equals_a_loop_by_hand(make_trainer, sheets, problem, distilled):
+    """The step written out from the tables of all views, in float64, and torch's Adam in its plain form."""
+    trainer = make_trainer(distilled=distilled, dtype=torch.float64)
+    model = copy.deepcopy(trainer.backbone)
+    Fit(trainer, max_epochs=3, validate_every=2, patience=10).advance(sheets=sheets if distilled else None)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, foreach=False, fused=False)
+    modalities = model.modalities
+    views = [frozenset(v) for n in range(1, 4) for v in itertools.combinations(modalities, n)]
+    stream = TripleStream(problem.train, problem.fingerprint, 3, B, K if distilled else 0)
+    for epoch in range(3):
+        steps = [stream.step(epoch, step) for step in range(len(problem.train) // B + 1)]
+        sheet = sheets(steps)
+        for row, step in enumerate(steps):
+            tables = model.embed(views)
+
+            def margin(view, triples, tables=tables):
+                u, i, j = torch.from_numpy(triples.astype(np.int64))
+                users, items = tables[frozenset(view)]
+                return (users[u] * items[i]).sum(1) - (users[u] * items[j]).sum(1)
+
+            joint = margin(modalities, step.ranking)
+            u, i, j = torch.from_numpy(step.ranking.astype(np.int64))
+            users, items = tables[frozenset(modalities)]
+            loss = torch.log1p(torch.exp(-joint)).mean() + 1e-3 / 2 / B * (
+                users[u].square().sum() + items[i].square().sum() + items[j].square().sum()
+            )
+            if distilled:
+                only = {m: margin([m], step.ranking) for m in modalities}
+                with torch.no_grad():
+                    effects = {m: ((joint - margin(set(modalities) - {m}, step.ranking)) / only[m]).clamp(1e-8, 10) for m in modalities}
+                    total = sum(effects.values())
+                per_sample = 0
+                for m in modalities:
+                    teacher = torch.from_numpy(sheet[m][row]).double()
+                    h = (teacher[:B] - only[m]).clamp(min=0)
+                    p, q = (teacher[B:] / 0.5).sigmoid(), (margin([m], step.distillation) / 0.5).sigmoid()
+                    g = (-p * (q + 1e-8).log() - (1 - p) * (1 - q + 1e-8).log()).mean()
+                    per_sample = per_sample + 1.5 * (1 - effects[m] / total) * (h + 2.0 * g)
+                loss = loss + 0.5 * per_sample.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    expected = dict(model.named_parameters())
+    for key, value in parameters(trainer).items():
+        torch.testing.assert_close(value, expected[key].detach(), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("stretches", [(1, 1, 1, 1, 1), (3, 100)], ids=str)
+def test_stretches_equal_one_uninterrupted_fit(make_trainer, sheets, distilled, stretches):
+    options = {"max_epochs": 5, "validate_every": 2, "patience": 10}
+    teach = sheets if distilled else None
+    whole = Fit(make_trainer(distilled=distilled), **options)
+    rows = whole.advance(sheets=teach)
+
+    state, found = None, []
+    for number, epochs in enumerate(stretches):
+        part = Fit(make_trainer(distilled=distilled, seed=100 * number), **options)  # a fresh process: other initial parameters
+        if state:
+            part.trainer.restore(state["parameters"])
+            part.trainer.load_optimizer_state(state["optimizer"])
+            part.stopping, part.best, part.epoch = state["stopping"], state["best"], state["epoch"]
+        found += part.advance(epochs, sheets=teach)
+        state = copy.deepcopy(
+            {
+                "parameters": part.trainer.snapshot(),
+                "optimizer": part.trainer.optimizer_state(),
+                "stopping": part.stopping,
+                "best": part.best,
+                "epoch": part.epoch,
+            }
+        )
+    assert part.done
+    assert whole.done
+    assert part.epoch == whole.epoch == 5
+    assert_equal_bits(parameters(part.trainer), parameters(whole.trainer))
+    assert_equal_bits(part.trainer.optimizer_state(), whole.trainer.optimizer_state())
+    assert_equal_bits(part.best, whole.best)
+    assert part.stopping == whole.stopping
+    assert [row["epoch"] for row in found] == [row["epoch"] for row in rows] == [2, 4, 5]
+    assert [row["val/recall@20"] for row in found] == [row["val/recall@20"] for row in rows]
+
+
+def test_the_optimiser_state_matters(make_trainer):
+    """Restoring the parameters alone is not enough, so the test above would notice a lost optimiser."""
+    whole, part = make_trainer(), make_trainer()
+    whole.train_epoch(0)
+    part.restore(whole.snapshot())
+    whole.train_epoch(1)
+    part.train_epoch(1)
+    assert any(not torch.equal(a, b) for a, b in zip(parameters(whole).values(), parameters(part).values(), strict=True))
+
+
+def test_optimiser_state_is_complete_and_a_copy(make_trainer):
+    trainer = make_trainer()
+    assert trainer.optimizer_state() == {}
+    trainer.load_optimizer_state({})
+    trainer.train_epoch(0)
+    state = trainer.optimizer_state()
+    assert set(state) == {f"{name}/{key}" for name in parameters(trainer) for key in ("step", "exp_avg", "exp_avg_sq")}
+    before = {key: value.clone() for key, value in state.items()}
+    trainer.train_epoch(1)
+    assert_equal_bits(state, before)
+    assert trainer.optimizer.param_groups[0]["lr"] == 5e-3
+
+
+def test_a_snapshot_is_a_copy(make_trainer):
+    trainer = make_trainer()
+    snapshot = trainer.snapshot()
+    before = parameters(trainer)
+    trainer.train_epoch(0)
+    assert_equal_bits(snapshot, before)
+    trainer.restore(snapshot)
+    assert_equal_bits(parameters(trainer), before)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Replace validation by a list of recalls."""
+
+    def script(values):
+        left = iter(values)
+        monkeypatch.setattr(fit_module, "validate", lambda trainer: {"val/recall@20": next(left)})
+
+    return script
+
+
+def test_the_best_snapshot_is_that_of_the_best_epoch(make_trainer, scripted):
+    scripted([0.1, 0.3, 0.2, 0.3])
+    trainer, snapshots = make_trainer(), []
+    fit = Fit(trainer, max_epochs=8, validate_every=2, patience=10)
+    rows = fit.advance(on_validation=lambda row: snapshots.append(parameters(trainer)))
+    assert [row["gain"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
+    assert (fit.stopping.best, fit.stopping.best_epoch) == (0.3, 4)
+    assert_equal_bits(fit.best, snapshots[1])
+    assert not torch.equal(fit.best["user_embedding"], snapshots[3]["user_embedding"])
+
+
+def test_fit_stops_at_the_eleventh_validation_without_gain(make_trainer, scripted):
+    scripted([0.5] + [0.5] * 30)
+    fit = Fit(make_trainer(), max_epochs=1000, validate_every=1, patience=10)
+    rows = fit.advance()
+    assert len(rows) == 12
+    assert fit.epoch == 12
+    assert fit.done
+    assert fit.advance() == []
+
+
+def test_validation_comes_every_few_epochs_and_after_the_last(make_trainer):
+    fit = Fit(make_trainer(), max_epochs=5, validate_every=3, patience=10)
+    seen = []
+    assert [row["epoch"] for row in fit.advance(2, on_validation=seen.append)] == []
+    assert not fit.best
+    assert not fit.done
+    assert [row["epoch"] for row in fit.advance(1, on_validation=seen.append)] == [3]
+    assert [row["epoch"] for row in fit.advance(on_validation=seen.append)] == [5]
+    assert [row["epoch"] for row in seen] == [3, 5]
+    assert fit.done
+
+
+def test_rows_hold_the_training_means_and_all_metrics(make_trainer, sheets):
+    trainer = make_trainer(distilled=True)
+    twin = make_trainer(distilled=True)
+    (row,) = Fit(trainer, max_epochs=2, validate_every=2, patience=10).advance(sheets=sheets)
+    epochs = [twin.train_epoch(epoch, sheets(twin.stream.epoch(epoch))) for epoch in range(2)]
+    for key in epochs[0]:
+        assert row[key] == pytest.approx((epochs[0][key] + epochs[1][key]) / 2, rel=1e-12)
+    modalities = trainer.backbone.modalities
+    wanted = {f"{part}/{m}" for part in ("effect", "effect_share", "weight", "specific", "generic") for m in modalities}
+    wanted |= {f"loss/{part}" for part in ("total", "bpr", "l2", "kd")}
+    wanted |= {f"{prefix}{name}@{k}" for prefix in ("val/", *(f"only/{m}/" for m in modalities)) for name in ("recall", "ndcg") for k in KS}
+    assert wanted <= set(row)
+    assert sum(row[f"effect_share/{m}"] for m in modalities) == pytest.approx(1)
+    assert sum(row[f"weight/{m}"] for m in modalities) == pytest.approx(3, rel=1e-5)
+    assert row["loss/total"] == pytest.approx(row["loss/bpr"] + row["loss/l2"] + row["loss/kd"], rel=1e-5)
+    assert row["val/recall@20"] == twin.rank(twin.dataset.val).compute()["recall@20"]
+    only = twin.rank(twin.dataset.val, twin.backbone.only("text")).compute()
+    assert row["only/text/recall@20"] == only["recall@20"]
+
+
+def test_a_teacher_reports_no_only_metrics(make_trainer):
+    teacher = make_trainer(modalities=("text",))
+    assert not [key for key in teacher.diagnose(teacher.dataset.val).compute() if key.startswith("only/")]
+
+
+def test_shares_of_a_diagnosis_merge_to_the_whole(make_trainer):
+    trainer = make_trainer()
+    whole, merged = trainer.diagnose(trainer.dataset.val), RankingMetrics(KS)
+    for worker in range(3):
+        part = trainer.diagnose(trainer.dataset.val, (worker, 3))
+        merged.merge(part.sums, part.n_users)
+    assert merged.n_users == whole.n_users == 10
+    assert merged.compute() == pytest.approx(whole.compute(), rel=1e-12)
+
+
+def test_shares_train_on_their_steps_alone(make_trainer):
+    parts = [make_trainer(share=(worker, 3)) for worker in range(3)]
+    twin = make_trainer()
+    for worker, part in enumerate(parts):
+        part.train_epoch(0)
+        twin.restore(make_trainer().snapshot())
+        twin.optimizer.state.clear()
+        twin.train_epoch(0, steps=[twin.stream.step(0, s) for s in range(worker, twin.stream.steps_per_epoch, 3)])
+        assert_equal_bits(parameters(part), parameters(twin))
+
+
+def test_a_worker_without_a_step_trains_nothing(make_trainer):
+    trainer = make_trainer(share=(999, 1000))
+    before = parameters(trainer)
+    assert trainer.train_epoch(0) == {}
+    assert_equal_bits(parameters(trainer), before)
+
+
+def test_a_distilled_worker_without_a_step_trains_nothing(make_trainer, sheets):
+    trainer = make_trainer(distilled=True, share=(999, 1000))
+    before = parameters(trainer)
+    Fit(trainer, max_epochs=1, validate_every=1, patience=10).advance(sheets=sheets)
+    assert_equal_bits(parameters(trainer), before)
+
+
+def test_sheets_and_objective_go_together(make_trainer, sheets):
+    with pytest.raises(ValueError, match="exactly if"):
+        make_trainer().train_epoch(0, sheets(make_trainer(distilled=True).stream.epoch(0)))
+    with pytest.raises(ValueError, match="exactly if"):
+        make_trainer(distilled=True).train_epoch(0)
+
+
+def test_a_loss_that_is_not_finite_stops_training(make_trainer, refuses):
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.backbone.user_embedding[0, 0] = float("nan")
+    refuses(TrainingError, lambda: [trainer.train_epoch(epoch) for epoch in range(4)], "loss/", "nan", "epoch ", "learning-rate")
+
+
+def test_a_learning_rate_far_too_large_stops_training(make_trainer, refuses):
+    fit = Fit(make_trainer(learning_rate=1e30), max_epochs=5, validate_every=1, patience=10)
+    refuses(TrainingError, fit.advance, "learning-rate")
+
+
+def test_a_nan_in_a_sheet_stops_training(make_trainer, sheets, refuses):
+    trainer = make_trainer(distilled=True)
+    margins = sheets(trainer.stream.epoch(0))
+    margins["text"][0, 0] = np.nan
+    refuses(TrainingError, lambda: trainer.train_epoch(0, margins), "nan", "epoch 1")
+
+
+def test_means():
+    assert mean_values([]) == {}
+    assert mean_values([{"a": 1.0}, {"a": 4.0}]) == {"a": 2.5}
+    assert mean_values([{"a": 1.0}, {"a": 4.0}], [2, 1]) == {"a": 2.0}
+
+
+@pytest.fixture
+def toy(interactions, tmp_path):
+    """Six groups of ten users and ten items; a user likes its group's items and nothing else, and every modality shows the group."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(6), 10)
+    splits = {"train": [], "val": [], "test": []}
+    for user in range(60):
+        liked = rng.permutation(np.flatnonzero(groups == groups[user]))
+        for split, part in zip(splits, (liked[:6], liked[6:8], liked[8:]), strict=True):
+            splits[split].append(part)
+    features = {
+        m: (np.eye(6)[groups] @ rng.normal(size=(6, d)) + 0.05 * rng.normal(size=(60, d))).astype(np.float32) for m, d in (("a", 8), ("b", 5))
+    }
+    parts = {split: interactions(rows, 60) for split, rows in splits.items()}
+    return Dataset("toy", tmp_path, **parts, features=features, masks={})
+
+
+def test_learns_a_toy_with_an_obvious_answer(toy, backbone_name):
+    """Teachers, then a student distilled from them: all find the group, the student by every view."""
+
+    def fit(modalities, *, seed, sheets=None):
+        features = {m: toy.features[m] for m in modalities}
+        backbone = build_backbone(backbone_name, toy.train, features, {"embedding_dim": 8}, seed=seed)
+        stream = TripleStream(toy.train, toy.fingerprint, 1, 60, 100 if sheets else 0)
+        objective = DistillationObjective() if sheets else None
+        trainer = Trainer(backbone, toy, stream, learning_rate=0.03, objective=objective, ks=KS)
+        found = Fit(trainer, max_epochs=20, validate_every=5, patience=10)
+        rows = found.advance(sheets=sheets)
+        assert rows[-1]["loss/bpr"] < rows[0]["loss/bpr"]
+        assert found.stopping.best > 0.95
+        return trainer  # with its last parameters: Recall@20 of 60 items is perfect long before Recall@10
+
+    teachers = {m: fit([m], seed=n) for n, m in enumerate(toy.features)}
+    tables = {m: teacher.embeddings() for m, teacher in teachers.items()}
+    student = fit(list(toy.features), seed=9, sheets=lambda steps: {m: margin_sheet(t, steps, np.dtype("<f2")) for m, t in tables.items()})
+    for trainer in (*teachers.values(), student):
+        assert trainer.rank(toy.test).compute()["recall@10"] > 0.85  # chance: 0.19
+    values = student.diagnose(toy.test).compute()
+    assert values["only/a/recall@10"] > 0.4
+    assert values["only/b/recall@10"] > 0.4
