@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckd_fed import __version__
-from ckd_fed.errors import CkdError, ConfigError
+from ckd_fed.errors import CkdError, ConfigError, DataError
 
 # Heavy imports (torch, wandb) happen in the commands that need them, so that --help stays quick.
 
@@ -48,10 +48,10 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from ckd_fed.config import resolve
+    from ckd_fed.data.locate import resolve_for_data
     from ckd_fed.training.central import train
 
-    train(resolve(parse_overrides(arguments.config)))
+    train(resolve_for_data(parse_overrides(arguments.config)))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -84,8 +84,14 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _config(arguments: argparse.Namespace) -> None:
     from ckd_fed.config import resolve
+    from ckd_fed.data.locate import resolve_for_data
 
-    print(resolve(parse_overrides(arguments.config)).to_yaml(), end="")
+    overrides = parse_overrides(arguments.config)
+    try:
+        config = resolve_for_data(overrides)
+    except DataError:  # the data may be on other machines
+        config = resolve(overrides)
+    print(config.to_yaml(), end="")
 
 
 def build_parser() -> argparse.ArgumentParser:

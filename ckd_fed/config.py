@@ -209,8 +209,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def resolve(*layers: Mapping[str, Any]) -> Config:
+def resolve(*layers: Mapping[str, Any], standin: bool = False) -> Config:
     """Resolve a configuration from layers of overrides, the last one winning, over the files in ``configs/`` and the defaults.
+
+    Args:
+        layers: nested or dotted keys.
+        standin: the dataset is the generated stand-in, so ``configs/datasets/<dataset>-standin.yaml`` counts too, above the other files.
 
     Raises:
         ConfigError: an unknown key or an impossible value; the message names the key, the value and the choices.
@@ -230,14 +234,12 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     for path in (configs_directory() / "datasets" / f"{names['dataset']}.yaml", configs_directory() / "backbones" / f"{names['backbone']}.yaml"):
         if path.is_file():
             values.update(_read_yaml(path))
+    adapted = configs_directory() / "datasets" / f"{names['dataset']}-standin.yaml"
+    if standin and adapted.is_file():
+        values.update(_read_yaml(adapted))
     values.update(recipe)
     values.update(given)
     return _build(values)
-
-
-def known_datasets() -> tuple[str, ...]:
-    """Datasets with a file in ``configs/datasets``."""
-    return tuple(sorted(path.stem for path in (configs_directory() / "datasets").glob("*.yaml")))
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -30,6 +30,9 @@ def main(grid: Grid, context: Context) -> None:
     exchange = Exchange(grid, run, config)
     write(f"ckd_fed {code_version()}: run {run}, waiting for nodes (up to {config.federation.enrol_timeout:.0f} s)")
     plan = enrol(exchange, write)
+    if plan.card.standin:
+        config = resolve(context.run_config, standin=True)
+        exchange = Exchange(grid, run, config)
     facts = {
         "split": plan.card.split,
         "standin": plan.card.standin,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ckd_fed.config import Config
+from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.standin import generate_standin
 from ckd_fed.errors import ConfigError, DataError, unknown
@@ -45,6 +45,13 @@ def locate(config: Config, node_config: Mapping[str, object] | None = None) -> t
         f"{unknown('dataset', config.dataset, [*present, *STANDINS])}; put its files into {real}, or name their folder with data.dir "
         "(on a node: data-dir in its node-config)"
     )
+
+
+def resolve_for_data(*layers: Mapping[str, object]) -> Config:
+    """Resolve a configuration knowing whether this machine's dataset is the stand-in; see :func:`~ckd_fed.config.resolve`."""
+    config = resolve(*layers)
+    _, standin = locate(config)
+    return resolve(*layers, standin=True) if standin else config
 
 
 def open_dataset(
