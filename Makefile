@@ -14,11 +14,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-baby: setup
-	@$(BIN)/ckd-fed run simulations/baby
+# A run that failed ends with its reason as make's own last line (hence $(error); a failing recipe would end with "Error 1").
+baby tiktok: %: run-%
+	$(if $(shell cat $(VENV)/.reason),$(error $(shell tail -n 1 $(VENV)/.reason)))
 
-tiktok: setup
-	@$(BIN)/ckd-fed run simulations/tiktok
+run-%: setup
+	@$(BIN)/ckd-fed run simulations/$* 2> $(VENV)/.reason && : > $(VENV)/.reason || { \
+	  [ -s $(VENV)/.reason ] || echo "simulations/$* failed without giving a reason" > $(VENV)/.reason; sed '$$d' $(VENV)/.reason; }
 
 test: setup
 	$(BIN)/python -m pytest
