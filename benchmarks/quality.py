@@ -93,10 +93,8 @@ def train(config: Config, dataset: Dataset, results: Results, model: str, teache
     results.add(
         {**key, "best_epoch": fit.stopping.best_epoch, "val": fit.stopping.best, "seconds": time.monotonic() - started, "test": test, **weights}
     )
-    print(
-        f"{config.dataset} {config.backbone} seed {config.seed} {model}: best epoch {fit.stopping.best_epoch}, test Recall@20 {test['recall@20']:.4f}",
-        flush=True,
-    )
+    print(f"{config.dataset} {config.backbone} seed {config.seed} {model}: best epoch {fit.stopping.best_epoch}", end="", flush=True)
+    print(f", test Recall@20 {test['recall@20']:.4f}", flush=True)
     if not model.startswith("teacher/"):
         return None
     embeddings = fit.trainer.embeddings()
@@ -116,7 +114,7 @@ def table(results: Results, dataset: str, backbone: str) -> None:
         mean, theirs = float(np.mean(recalls)), float(np.mean(published[model])) if model in published else None
         views = sorted({name for row in chosen for name in row["test"] if name.startswith("only/") and name.endswith("/recall@20")})
         only = ", ".join(f"{name.split('/')[1]} {np.mean([row['test'][name] for row in chosen]):.4f}" for name in views)
-        epochs = "–".join(str(epoch) for epoch in sorted({min(row["best_epoch"] for row in chosen), max(row["best_epoch"] for row in chosen)}))
+        epochs = " to ".join(str(epoch) for epoch in sorted({min(row["best_epoch"] for row in chosen), max(row["best_epoch"] for row in chosen)}))
         by_seed = ", ".join(f"{row['seed']}: {row['test']['recall@20']:.4f}" for row in chosen)
         against = f"{theirs:.4f} | {mean / theirs:.3f}" if theirs else "not run | "
         print(f"| {model} | {by_seed} | {mean:.4f} | {against} | {epochs} | {np.mean([row['val'] for row in chosen]):.4f} | {only} |")

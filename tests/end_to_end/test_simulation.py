@@ -1,0 +1,110 @@
+"""The real thing: Flower's simulation with its processes, through the command that users type."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ckd_fed.tracking.record import read_rows
+
+ROOT = Path(__file__).parents[2]
+QUICK = (
+    "training.epochs=4 training.validate-every=2 training.batch-size=64 training.threads=1 distillation.batch-size=100 "
+    "model.embedding-dim=8 federation.teacher-epochs=2"
+)
+
+pytestmark = pytest.mark.federation
+
+
+@pytest.fixture
+def ckd_fed(tmp_path):
+    """Run ``ckd-fed`` with homes of its own; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        environment = {**os.environ, "CKD_FED_HOME": str(tmp_path / "home"), "FLWR_HOME": str(tmp_path / "flwr"), "WANDB_MODE": "offline"}
+        command = [str(Path(sys.executable).parent / "ckd-fed"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("backbone", ["vbpr", "mmgcn"])
+def test_from_nothing_to_a_distilled_student(backbone, tmp_path, write_dataset, ckd_fed):
+    """Flower's default local connection as it comes; metrics, checkpoints and a W&B run are left behind, and no process."""
+    folder = write_dataset("toy", n_users=60, n_items=40)
+    code, out, err = ckd_fed("run", "simulations/baby", "-c", f"backbone={backbone} plain=true data.dir={folder} {QUICK}")
+    assert code == 0, out + err
+    for text in ("teacher image", "teacher text", "plain student", "distilled student", "reached image", "NDCG: standard"):
+        assert text in out
+    (run,) = (tmp_path / "home" / "runs").iterdir()
+    rows = read_rows(run / "metrics.jsonl")
+    phases = [row["phase"] for row in rows if row["event"] == "round"]
+    assert phases == ["teachers"] * 2 + ["distillation"] * 2
+    assert rows[-1]["event"] == "final"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.safetensors", "last.safetensors"}
+    assert list((run / "wandb").rglob("*.wandb"))
+    assert not [line for line in _processes() if str(tmp_path) in line]
+
+
+def test_a_failed_run_fails_with_its_reason_last(tmp_path, write_dataset, ckd_fed):
+    """Flower itself ends with 0 here."""
+    folder = write_dataset("toy")
+    (folder / "text_feat.npy").unlink()
+    code, _, err = ckd_fed("run", "simulations/baby", "-c", f"data.dir={folder} {QUICK}")
+    assert code == 1
+    reason = err.strip().splitlines()[-1]
+    assert "unknown modality 'text'" in reason
+    assert "choices: image" in reason
+    assert "Traceback" not in err
+
+
+def test_wrong_keys_are_told_before_anything_starts(ckd_fed):
+    for override, mentions in {
+        "backbone=vpbr": ["unknown backbone 'vpbr'", "did you mean 'vbpr'"],
+        "training.epoch=3": ["training.epoch", "did you mean 'training.epochs'"],
+        "training.epochs=0": ["training.epochs is 0"],
+    }.items():
+        code, out, err = ckd_fed("run", "simulations/baby", "-c", override)
+        assert (code, out) == (1, "")
+        assert len(err.strip().splitlines()) == 1
+        for mention in mentions:
+            assert mention in err
+
+
+def test_every_configuration_key_can_be_set_by_flwr_run(ckd_fed):
+    """Flower refuses run-config keys that an app does not declare."""
+    import tomllib
+
+    from ckd_fed.config import flatten, resolve
+
+    for app in sorted((ROOT / "simulations").iterdir()):
+        declared = flatten(tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
+        keys = {key.replace("-", "_") for key in resolve({}).flat()}
+        assert keys - set(declared) == set(), app.name
+        assert resolve(declared).dataset == app.name
+
+
+def test_train_without_flower(tmp_path, write_dataset, ckd_fed):
+    folder = write_dataset("toy", n_users=60, n_items=40)
+    code, out, err = ckd_fed("train", "-c", f"name=mine data.dir={folder} {QUICK}")
+    assert code == 0, err
+    assert "distilled student" in out
+    assert json.loads((tmp_path / "home/runs/mine/metrics.jsonl").read_text().splitlines()[-1])["event"] == "final"
+    code, _, err = ckd_fed("train", "-c", f"name=mine data.dir={folder} {QUICK}")
+    assert code == 1
+    assert "holds a run already" in err
+
+
+def _processes():
+    """Command lines and environments of all processes of this machine that can be read."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            found.append(" ".join((entry / part).read_bytes().replace(b"\0", b" ").decode(errors="replace") for part in ("cmdline", "environ")))
+        except OSError:
+            continue
+    return found
