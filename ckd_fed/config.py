@@ -60,7 +60,7 @@ class TrainingConfig:
     validate_every: int = _at_least(1, default=5)  # epochs; also the length of a distillation round
     patience: int = _at_least(0, default=10)  # validations without a gain that are tolerated
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:N; a node's own device wins
-    threads: int = _at_least(0, default=0)  # CPU threads of a training process, 0 for torch's default
+    threads: int = _at_least(0, default=0)  # CPU threads of a training process; 0: torch's default, or 1 where the matrices are small
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Exchange:
             for message in arrived:
                 stamp = waiting.pop(message.metadata.reply_to_message_id)
                 try:
-                    good[stamp] = self._check(message, stamp)
+                    good[stamp] = read_reply(message, stamp)
                 except ReplyError as error:
                     failed[stamp] = error
             pause = _SHORTEST if arrived else min(_LONGEST, pause * 1.5)
@@ -108,7 +108,3 @@ class Exchange:
     def ask(self, number: int, asks: list[Ask]) -> dict[tuple[str, str], Reply]:
         """Send requests and wait for every reply."""
         return self.all_replies(self.send(number, asks))
-
-    @staticmethod
-    def _check(message: Message, stamp: Stamp) -> Reply:
-        return read_reply(message, stamp)

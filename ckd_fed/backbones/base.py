@@ -14,6 +14,7 @@ With two modalities ``without a`` and ``only b`` are the same view and are compu
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,11 @@ class Backbone(nn.Module, ABC):
     def without(self, modality: str) -> View:
         """The view with one modality absent."""
         return self.joint - {modality}
+
+    @property
+    def dense_work(self) -> float:
+        """Multiply-adds of the dense products in one pass over the catalogue; decides whether several CPU threads are worth it."""
+        return math.inf
 
     @abstractmethod
     def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:

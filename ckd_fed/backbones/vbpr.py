@@ -58,6 +58,10 @@ class VBPR(Backbone):
         """Item features of a modality, ``(n_items, dimension)``."""
         return self.get_buffer(f"features_{modality}")
 
+    @property
+    def dense_work(self) -> float:
+        return float(sum(self.features(m).numel() for m in self.modalities) * self.embedding_dim)
+
     def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """Full tables, absent blocks included (as the published model lays them out)."""
         blocks: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}

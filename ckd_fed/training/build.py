@@ -16,6 +16,9 @@ from ckd_fed.errors import ConfigError
 from ckd_fed.training.fit import Fit
 from ckd_fed.training.trainer import Trainer
 
+_DEFAULT_THREADS = torch.get_num_threads()
+_WORTH_SHARING = 5e8  # multiply-adds of a pass
+
 
 def choose_device(name: str) -> torch.device:
     """``auto`` is the first GPU where there is one, else the CPU.
@@ -57,11 +60,13 @@ def build_trainer(
         share: (w, W), this worker's share of the steps.
     """
     device = device or choose_device(config.training.device)
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
     features = {m: dense_features(dataset, m) for m in dataset.modalities}
     seed = derive_key("ckd-init-1", config.seed, role) & 0x7FFFFFFF
     backbone = build_backbone(config.backbone, dataset.train, features, config.model, seed=seed, device=device)
+    # Threads that share small matrices gain nothing, and where another process wants a core they wait for each other at every
+    # operation: two of them took 100 times as long as one on the stand-in.
+    automatic = _DEFAULT_THREADS if backbone.dense_work > _WORTH_SHARING else 1
+    torch.set_num_threads(config.training.threads or automatic)
     return Trainer(
         backbone,
         dataset,
