@@ -135,9 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
         print(f"ckd-fed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("ckd-fed: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe went away
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # a full or unwritable disk, above all
+        print(f"ckd-fed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("ckd-fed: interrupted", file=sys.stderr)
+        sys.exit(130)
