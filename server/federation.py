@@ -12,7 +12,8 @@ import numpy as np
 from ckd_fed.config import Config
 from ckd_fed.errors import ReplyError
 from ckd_fed.evaluation.metrics import RankingMetrics, metric_keys
-from ckd_fed.tracking.record import Outcome, Record, RunResult, ratio
+from ckd_fed.tracking.record import Record
+from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.wire import Reply, margin_dtype
 from server.enrolment import Plan

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from ckd_fed.tracking.record import RunResult
+from ckd_fed.tracking.result import RunResult
 
 Values = Mapping[str, float]
 WIDTH = 118

@@ -16,7 +16,8 @@ from ckd_fed.data.locate import open_dataset, standin_notice
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.home import home
-from ckd_fed.tracking.record import Outcome, Record, RunResult, ratio, run_name
+from ckd_fed.tracking.record import Record, run_name
+from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.fit import METRIC, Fit

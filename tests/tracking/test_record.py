@@ -9,7 +9,8 @@ import pytest
 from ckd_fed.config import resolve
 from ckd_fed.errors import ConfigError
 from ckd_fed.tracking import console, wandb_mirror
-from ckd_fed.tracking.record import Outcome, Record, RunResult, read_rows
+from ckd_fed.tracking.record import Record, read_rows
+from ckd_fed.tracking.result import Outcome, RunResult
 from ckd_fed.tracking.wandb_mirror import WandbMirror
 
 ROUND = {

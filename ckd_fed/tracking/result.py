@@ -1,0 +1,62 @@
+"""What a run arrived at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Outcome:
+    """How one model of a run ended.
+
+    Attributes:
+        best_epoch: epoch of the best validation.
+        epochs: epochs trained.
+        validation: the best Recall@20 on validation.
+        test: metrics on test, ``only/m/...`` included for a student.
+    """
+
+    best_epoch: int
+    epochs: int
+    validation: float
+    test: dict[str, float]
+
+
+@dataclass
+class RunResult:
+    """Everything that a run arrived at, by name: ``teacher/<m>``, ``plain``, ``student``.
+
+    Attributes:
+        outcomes: name -> outcome.
+        modalities: in order.
+        directory: of the run.
+    """
+
+    modalities: tuple[str, ...]
+    directory: Path
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, float]:
+        """Flat numbers for ``metrics.jsonl`` and W&B: ``final/<name>/<metric>`` and ``final/reached/<m>``."""
+        flat: dict[str, float] = {}
+        for name, outcome in self.outcomes.items():
+            flat[f"final/{name}/best_epoch"] = outcome.best_epoch
+            flat[f"final/{name}/val/recall@20"] = outcome.validation
+            flat.update({f"final/{name}/test/{metric}": value for metric, value in outcome.test.items()})
+        flat.update({f"final/reached/{m}": value for m, value in self.reached("student").items()})
+        return flat
+
+    def reached(self, student: str) -> dict[str, float]:
+        """Modality -> Recall@20 of the student's ``only m`` ranking over its teacher's, on test: 1 = fully optimised."""
+        ratios = {}
+        for m in self.modalities:
+            teacher, taught = self.outcomes.get(f"teacher/{m}"), self.outcomes.get(student)
+            if teacher and taught and f"only/{m}/recall@20" in taught.test:
+                ratios[m] = ratio(taught.test[f"only/{m}/recall@20"], teacher.test["recall@20"])
+        return ratios
+
+
+def ratio(reached: float, possible: float) -> float:
+    """reached / possible; 0 where nothing was possible."""
+    return reached / possible if possible > 0 else 0.0
