@@ -37,7 +37,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 def tables(model: VBPR, present: Sequence[str]) -> Embeddings:
     """One view by a full pass: features of absent modalities tiled to every item, preferences to every user."""
-    users, items = [model.user_embedding], [model.item_embedding]
+    users: list[Tensor] = [model.user_embedding]
+    items: list[Tensor] = [model.item_embedding]
     for m in model.modalities:
         features, preference = model.features(m), model.preference[m]
         if m not in present:

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,10 +58,10 @@ class Results:
         self.path = path
         self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    def find(self, key: Mapping[str, object]) -> dict[str, object] | None:
+    def find(self, key: Mapping[str, object]) -> dict[str, Any] | None:
         return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
 
-    def add(self, row: dict[str, object]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
