@@ -30,7 +30,7 @@ from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.central import select
 
 # Test Recall@20 of the authors' implementation on these files, by seed (as far as it was run).
-PUBLISHED = {
+PUBLISHED: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     ("tiktok", "vbpr"): {
         "plain": (0.0507, 0.0489, 0.0506),
         "teacher/image": (0.0413, 0.0468),
@@ -56,7 +56,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def find(self, key: Mapping[str, object]) -> dict[str, Any] | None:
         return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
@@ -106,7 +106,7 @@ def train(config: Config, dataset: Dataset, results: Results, model: str, teache
 def table(results: Results, dataset: str, backbone: str) -> None:
     """Print means over seeds beside the published ones."""
     rows = [row for row in results.rows if row["dataset"] == dataset and row["backbone"] == backbone]
-    published = PUBLISHED.get((dataset, backbone), {})
+    published: dict[str, tuple[float, ...]] = PUBLISHED.get((dataset, backbone), {})
     print(f"\n{dataset}, {backbone}: test Recall@20\n")
     print("| model | by seed | mean | published mean | ratio | best epoch | mean val R@20 | only-m views |\n|---|---|---|---|---|---|---|---|")
     for model in dict.fromkeys(str(row["model"]) for row in rows):
