@@ -90,7 +90,7 @@ class FederationConfig:
     """``federation.*``: enrolment and rounds; the central loop ignores it."""
 
     student_workers: int = _at_least(1, default=1)  # students at most; further nodes stay spare
-    teacher_epochs: int = _at_least(1, default=50)  # epochs of a teacher round
+    teacher_epochs: int = _at_least(1, default=50)  # epochs of a teacher round, rounded up to whole validations
     enrol_timeout: float = _positive(default=120.0)  # seconds to wait for the nodes needed
     reply_timeout: float = _positive(default=3600.0)  # seconds to wait for a round's replies
 
@@ -161,6 +161,12 @@ class Config:
         if ks[0] < 1:
             raise ConfigError(f"evaluation.ks is {self.evaluation.ks!r}; give positive whole numbers separated by commas, for example '10,20'")
         return ks
+
+    @property
+    def teacher_round(self) -> int:
+        """Epochs of a teacher round: ``federation.teacher-epochs`` rounded up to whole validations, so that every round has one."""
+        every = self.training.validate_every
+        return -(-self.federation.teacher_epochs // every) * every
 
     @property
     def modalities(self) -> tuple[str, ...]:

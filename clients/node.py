@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ckd_fed.config import Config
-from ckd_fed.data.dataset import Dataset, load_dataset, modalities_in
+from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import locate
 from ckd_fed.errors import ConfigError, unknown
@@ -68,7 +68,6 @@ class Node:
         if role == "teacher" and not modality:
             raise ConfigError('node-config: a teacher needs its modality, for example \'role="teacher" modality="text"\'')
         dataset = self.dataset(f"teacher/{modality}") if role == "teacher" else self.dataset(role or "student")
-        path, _ = locate(self.config, self.node_config)
         return NodeCard(
             role=role,
             modality=modality,
@@ -79,8 +78,8 @@ class Node:
             n_users=dataset.n_users,
             n_items=dataset.n_items,
             n_train=len(dataset.train),
-            modalities=",".join(dataset.modalities if dataset.modalities else modalities_in(path)),
-            features=json.dumps({m: _features_fingerprint(path, m, dataset) for m in dataset.modalities}),
+            modalities=",".join(dataset.modalities),
+            features=json.dumps({m: features_fingerprint(matrix) for m, matrix in dataset.features.items()}),
             dataset=dataset.describe(),
             standin=dataset.standin,
             device=str(self.device),
@@ -125,7 +124,3 @@ def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 @lru_cache(maxsize=4)
 def _load(path: Path, name: str, modalities: tuple[str, ...] | None, at_least: int, standin: bool, stamp: object) -> Dataset:
     return load_dataset(path, name=name, modalities=modalities, at_least=at_least, standin=standin)
-
-
-def _features_fingerprint(path: Path, modality: str, dataset: Dataset) -> str:
-    return features_fingerprint(dataset.features[modality])

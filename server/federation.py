@@ -77,7 +77,7 @@ class Federation:
         learners = {f"teacher/{m}": _Learner(node) for m, node in self.plan.teachers.items()}
         if self.config.plain and self.plan.teachers:
             learners["plain"] = _Learner(self.plan.students[0])
-        epochs = self.config.federation.teacher_epochs
+        epochs = self.config.teacher_round
         while any(not learner.done for learner in learners.values()):
             self.number += 1
             started = time.monotonic()
@@ -100,8 +100,9 @@ class Federation:
     def _take_fit(self, reply: Reply, learner: _Learner) -> list[dict[str, float]]:
         rows = reply.rows([f"val/{METRIC}", "epoch", "loss/total", "gain"])
         epoch = reply.integer("epoch", learner.epoch)
-        if not learner.epoch < epoch <= min(learner.epoch + self.config.federation.teacher_epochs, self.config.training.epochs):
-            raise ReplyError(f"{reply.stamp}: it says that it is at epoch {epoch} after {self.config.federation.teacher_epochs} from {learner.epoch}")
+        asked = self.config.teacher_round
+        if not learner.epoch < epoch <= min(learner.epoch + asked, self.config.training.epochs):
+            raise ReplyError(f"{reply.stamp}: it says that it is at epoch {epoch} after at most {asked} from {learner.epoch}")
         learner.epoch, learner.done = epoch, reply.flag("done")
         learner.best_epoch = reply.integer("best-epoch", -1)
         learner.best = max([learner.best, *(row[f"val/{METRIC}"] for row in rows)])

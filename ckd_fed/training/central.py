@@ -71,7 +71,7 @@ def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResul
         reports = {}
         for role, fit in fits.items():
             if not fit.done:
-                reports[role] = fit.advance(config.federation.teacher_epochs)
+                reports[role] = fit.advance(config.teacher_round)
                 if reports[role]:
                     reports[role][-1]["done"] = float(fit.done)
         record.pretraining_round(number, reports, time.monotonic() - started)
