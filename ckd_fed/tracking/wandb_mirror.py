@@ -32,11 +32,9 @@ class WandbMirror:
         self._failures = 0
         self._run: Any = None
         try:
-            self._run = _init(directory, config, facts)
+            self._run = _init(directory, config, facts, write)
             write(f"W&B: {self._run.settings.mode} run {self._run.id} in {directory / 'wandb'}")
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)) and not _from_wandb(error):
-                raise
+        except Exception as error:
             self._give_up(error)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -61,20 +59,27 @@ class WandbMirror:
 
     def _give_up(self, error: BaseException) -> None:
         self._run = None
-        self._write(f"W&B: given up ({type(error).__name__}: {' '.join(str(error).split())[:200]}); the run goes on, metrics.jsonl is complete")
+        self._write(f"W&B: given up ({_line(error)}); the run goes on, metrics.jsonl is complete")
 
 
-def _from_wandb(error: BaseException) -> bool:
-    return type(error).__module__.startswith("wandb")
+def _init(directory: Path, config: Config, facts: Mapping[str, Any], write: Callable[[str], None]) -> Any:
+    """Start the W&B run; one that cannot be reached is written offline, to be synchronised later."""
+    mode = config.tracking.wandb
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "") or ("online" if _has_key() else "offline")
+    try:
+        return _start(directory, config, facts, mode)
+    except Exception as error:
+        if mode != "online":
+            raise
+        write(f"W&B cannot be reached ({_line(error)}); the run is written offline, `wandb sync` sends it later")
+        return _start(directory, config, facts, "offline")
 
 
-def _init(directory: Path, config: Config, facts: Mapping[str, Any]) -> Any:
+def _start(directory: Path, config: Config, facts: Mapping[str, Any], mode: str) -> Any:
     import wandb
 
     chosen = config.tracking
-    mode = chosen.wandb
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "") or ("online" if _has_key() else "offline")
     (directory / "wandb").mkdir(exist_ok=True)  # else W&B silently writes to the system's temporary folder
     settings = wandb.Settings(
         init_timeout=_INIT_SECONDS, console="off", silent=True, x_transaction_log_flush_interval=1.0, x_disable_stats=True, disable_git=True
@@ -97,6 +102,10 @@ def _init(directory: Path, config: Config, facts: Mapping[str, Any]) -> Any:
     run.define_metric("round")
     run.define_metric("*", step_metric="round")
     return run
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _has_key() -> bool:

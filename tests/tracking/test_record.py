@@ -156,3 +156,23 @@ def test_an_offline_wandb_run_has_every_round(record, tmp_path, monkeypatch):
     assert [row["round"] for row in rows if "val/recall@20" in row] == [1, 2, 3]
     assert [row["val/recall@20"] for row in rows if "val/recall@20" in row] == [0.1, 0.2, 0.3]
     assert any(row.get("final/student/test/recall@20") == 0.3 for row in rows)
+
+
+def test_a_wandb_that_cannot_be_reached_is_written_offline(tmp_path, monkeypatch):
+    tried = []
+
+    def start(directory, config, facts, mode):
+        tried.append(mode)
+        if mode == "online":
+            raise TimeoutError("no network")
+        return type("Run", (), {"id": "x", "settings": type("Settings", (), {"mode": mode})})
+
+    monkeypatch.setattr(wandb_mirror, "_start", start)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    said = []
+    mirror = WandbMirror(tmp_path, resolve(), {}, said.append)
+    assert tried == ["online", "offline"]
+    assert "no network" in said[0]
+    assert "offline run x" in said[1]
+    assert mirror._run is not None
