@@ -29,12 +29,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
         DataError: the file is missing or damaged.
     """
+    return _read(path, arrays=True)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Only the JSON state of a checkpoint, without reading its arrays; raises like :func:`load_checkpoint`."""
+    return _read(path, arrays=False)[1]
+
+
+def _read(path: Path, *, arrays: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"checkpoint {path} does not exist")
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
+            names = file.keys() if arrays else ()
+            return {name: file.get_tensor(name) for name in names}, json.loads((file.metadata() or {})["state"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"checkpoint {path} is damaged: {error}") from None
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ckd_fed.checkpoint import load_checkpoint, save_checkpoint, to_arrays, to_tensors
+from ckd_fed.checkpoint import load_checkpoint, load_state, save_checkpoint, to_arrays, to_tensors
 from ckd_fed.errors import DataError
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.fit import Fit
@@ -69,4 +69,4 @@ class Workspace:
 
     def state_id(self) -> str:
         """Id of the state on disk; empty where there is none."""
-        return str(load_checkpoint(self.path)[1]["id"]) if self.exists else ""
+        return str(load_state(self.path)["id"]) if self.exists else ""
