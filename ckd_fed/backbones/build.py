@@ -65,7 +65,7 @@ def build_backbone(
             raise DataError(
                 f"modality {modality!r} cannot be used: a name of letters, digits, - and _ is needed that torch's modules do not use; rename its file"
             )
-    tensors = {m: torch.from_numpy(x if x.flags.writeable else np.array(x)).to(dtype) for m, x in features.items()}
+    tensors = {m: torch.from_numpy(np.array(x)).to(dtype) for m, x in features.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build(train, tensors, **options)
