@@ -98,7 +98,7 @@ def train(config: Config, dataset: Dataset, results: Results, model: str, teache
     print(f", test Recall@20 {test['recall@20']:.4f}", flush=True)
     if not model.startswith("teacher/"):
         return None
-    embeddings = fit.trainer.embeddings()
+    embeddings = fit.trainer.soft_scores()
     save_checkpoint(kept, {"users": embeddings.users.numpy(), "items": embeddings.items.numpy()}, {})
     return embeddings
 

@@ -159,8 +159,8 @@ class _OnlyView(Backbone):
         torch.nn.Module.__init__(self)
         self.backbone, self.l2, self.modalities, self.modality = backbone, backbone.l2, (modality,), modality
 
-    def embed(self, views):  # type: ignore[no-untyped-def]
-        return self.backbone.embed(views)
+    def forward(self, views):  # type: ignore[no-untyped-def]
+        return self.backbone(views)
 
     def reset_parameters(self) -> None:
         self.backbone.reset_parameters()

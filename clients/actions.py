@@ -58,7 +58,7 @@ def score(request: Request, node: Node) -> Answer:
         raise ReplyError(f"{request.stamp.role} has no trained parameters in this node's workspace; it was lost, or belongs to another node")
     model.trainer.restore(model.best)
     stream = triple_stream(request.config, model.trainer.dataset, distillation=True)
-    teacher, dtype, workers = model.trainer.embeddings(), margin_dtype(request.config), int(request.values["workers"])
+    teacher, dtype, workers = model.trainer.soft_scores(), margin_dtype(request.config), int(request.values["workers"])
     sheets, hashes = {}, []
     for worker in range(workers):
         steps = _stretch(request, stream, (worker, workers))

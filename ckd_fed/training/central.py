@@ -51,7 +51,7 @@ def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
     result = RunResult(dataset.modalities, record.directory)
     fits = _pretrain(config, dataset, record, result)
     number = max((round_number for round_number, _ in fits.values()), default=0)
-    teachers = {m: fits[f"teacher/{m}"][1].trainer.embeddings() for m in dataset.modalities if f"teacher/{m}" in fits}
+    teachers = {m: fits[f"teacher/{m}"][1].trainer.soft_scores() for m in dataset.modalities if f"teacher/{m}" in fits}
     student = _distil(config, dataset, record, result, teachers, number)
     result.outcomes["student"] = _outcome(student)
     record.finish(result, time.monotonic() - started)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ckd_fed.backbones.base import Backbone, Embeddings, Triples, View
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.interactions import Interactions
-from ckd_fed.data.triples import StepTriples, TripleStream
+from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
 from ckd_fed.distillation.margins import teacher_margins
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput, PlainObjective
 from ckd_fed.errors import TrainingError
@@ -85,6 +85,7 @@ class Trainer:
         like = next(self.backbone.parameters())
         sums: dict[str, Tensor] = {}
         self.backbone.train()
+        self.backbone.start_epoch(epoch, self._generator(epoch))
         for row, triples in enumerate(steps):
             ranking = _triples(triples.ranking, self.device)
             if self.objective is None or sheets is None:
@@ -102,25 +103,33 @@ class Trainer:
                 raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
         return values
 
+    def _generator(self, epoch: int) -> torch.Generator:
+        """The epoch's own randomness: the same for all workers and after a resume."""
+        return torch.Generator().manual_seed(derive_key("ckd-epoch-1", self.stream.seed, epoch) & 0x7FFFFFFFFFFFFFFF)
+
     def rank(self, held_out: Interactions, view: View | None = None, share: tuple[int, int] = (0, 1)) -> RankingMetrics:
         """Ranking metrics of one view, by default the joint one, over a share of the users."""
-        self.backbone.eval()
-        embeddings = self.backbone.ranking_embeddings(self.backbone.joint if view is None else view)
-        return evaluate(embeddings, self.dataset.train, held_out, self.ks, share)
+        view = self.backbone.joint if view is None else view
+        return evaluate(self.embeddings([view])[view], self.dataset.train, held_out, self.ks, share)
 
     def diagnose(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> RankingMetrics:
-        """Joint metrics by their name, and each modality's ``only m`` metrics as ``only/m/<metric>``."""
-        metrics = self.rank(held_out, share=share)
-        if len(self.backbone.modalities) > 1:
-            for modality in self.backbone.modalities:
-                only = self.rank(held_out, self.backbone.only(modality), share)
-                metrics.sums.update({f"only/{modality}/{name}": total for name, total in only.sums.items()})
+        """Joint metrics by their name, and each modality's ``only m`` metrics as ``only/m/<metric>``; one pass for all views."""
+        only = {m: self.backbone.only(m) for m in self.backbone.modalities} if len(self.backbone.modalities) > 1 else {}
+        tables = self.embeddings([self.backbone.joint, *only.values()])
+        metrics = evaluate(tables[self.backbone.joint], self.dataset.train, held_out, self.ks, share)
+        for modality, view in only.items():
+            sums = evaluate(tables[view], self.dataset.train, held_out, self.ks, share).sums
+            metrics.sums.update({f"only/{modality}/{name}": total for name, total in sums.items()})
         return metrics
 
-    def embeddings(self) -> Embeddings:
-        """Detached joint tables, for ranking and for margins."""
+    def embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
+        """Detached tables of some views, for ranking."""
         self.backbone.eval()
-        return self.backbone.ranking_embeddings(self.backbone.joint)
+        return self.backbone.ranking_embeddings(views)
+
+    def soft_scores(self) -> Embeddings:
+        """A teacher's detached joint tables, from which its margins are taken."""
+        return self.embeddings([self.backbone.joint])[self.backbone.joint]
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of all parameters, on the CPU."""

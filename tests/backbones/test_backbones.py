@@ -214,7 +214,7 @@ def test_the_callers_features_are_left_alone(build, random_features):
 def test_ranking_embeddings_order_items_as_the_view_does(build, n_modalities):
     backbone = build(n_modalities)
     for view in all_views(backbone):
-        tables, short = backbone.embed([view])[view], backbone.ranking_embeddings(view)
+        tables, short = backbone.embed([view])[view], backbone.ranking_embeddings([view])[view]
         assert not short.users.requires_grad
         assert not short.items.requires_grad
         difference = tables.users @ tables.items.T - short.users @ short.items.T
