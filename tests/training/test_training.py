@@ -346,7 +346,7 @@ def test_learns_a_toy_with_an_obvious_answer(toy, backbone_name):
         trainer = Trainer(backbone, toy, stream, learning_rate=0.03, objective=objective, ks=KS)
         found = Fit(trainer, max_epochs=20, validate_every=5, patience=10)
         rows = found.advance(sheets=sheets)
-        assert rows[-1]["loss/bpr"] < rows[0]["loss/bpr"]
+        assert rows[-1]["loss/total"] < rows[0]["loss/total"]
         assert found.stopping.best > 0.95
         return trainer  # with its last parameters: Recall@20 of 60 items is perfect long before Recall@10
 
