@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.interactions import Interactions
@@ -41,19 +42,42 @@ def evaluate(
     users = held_out.users[worker::workers]
     longest = min(max(ks), train.n_items)
     metrics = RankingMetrics(tuple(sorted(ks)))
-    items, device = embeddings.items.T.contiguous(), embeddings.items.device
-    block = max(1, _BLOCK_SCORES // train.n_items)
-    for start in range(0, len(users), block):
-        chunk = users[start : start + block]
-        scores = embeddings.users[torch.from_numpy(chunk).to(device)] @ items  # (b, n_items)
-        degree = train.degree[chunk]
-        first = np.repeat(train.indptr[chunk] - np.concatenate([[0], np.cumsum(degree)[:-1]]), degree)
-        seen = train.items[first + np.arange(degree.sum())]
-        row = np.repeat(np.arange(len(chunk)), degree)
-        scores[torch.from_numpy(row).to(device), torch.from_numpy(seen).to(device)] = -torch.inf
+    for chunk, _, _, (scores,) in score_blocks([embeddings], train, held_out, users):
         top = scores.topk(longest, dim=1).indices.cpu().numpy()  # (b, K)
         hits = held_out.contains(chunk[:, None], top)
         if longest < max(ks):  # fewer items than K: the list ends early
             hits = np.pad(hits, ((0, 0), (0, max(ks) - longest)))
         metrics.update(hits, held_out.degree[chunk])
     return metrics
+
+
+def score_blocks(
+    tables: Sequence[Embeddings], train: Interactions, held_out: Interactions, users: np.ndarray
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor, list[Tensor]]]:
+    """Scores of all items for some users, block by block, under one or more tables.
+
+    Yields:
+        users of the block ``(b,)``; row in the block and item of each of their held-out interactions, two ``(h,)`` index tensors; and
+        for every table the scores ``(b, n_items)``, -inf for the users' training items.
+    """
+    device = tables[0].items.device
+    items = [table.items.T.contiguous() for table in tables]
+    block = max(1, _BLOCK_SCORES // train.n_items)
+    for start in range(0, len(users), block):
+        chunk = users[start : start + block]
+        index = torch.from_numpy(chunk).to(device)
+        seen = [part.to(device) for part in _entries(train, chunk)]
+        scores = []
+        for table, transposed in zip(tables, items, strict=True):
+            score = table.users[index] @ transposed
+            score[seen[0], seen[1]] = -torch.inf
+            scores.append(score)
+        row, item = (part.to(device) for part in _entries(held_out, chunk))
+        yield chunk, row, item, scores
+
+
+def _entries(interactions: Interactions, users: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(position in ``users``, item) of every interaction of some users."""
+    degree = interactions.degree[users]
+    first = np.repeat(interactions.indptr[users] - np.concatenate([[0], np.cumsum(degree)[:-1]]), degree)
+    return torch.from_numpy(np.repeat(np.arange(len(users)), degree)), torch.from_numpy(interactions.items[first + np.arange(degree.sum())])

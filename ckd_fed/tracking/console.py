@@ -76,13 +76,20 @@ def final_table(result: RunResult) -> str:
             label = "student (no distillation)"
         cells = [f"{outcome.test.get(column, float('nan')):.4f}" for column in columns]
         table.add_row(label, str(outcome.best_epoch), *cells, *(f"{reached[m]:.0%}" if m in reached else "" for m in result.modalities))
-        for m in result.modalities:
-            if f"only/{m}/recall@20" in outcome.test:
-                cells = [f"{outcome.test.get(f'only/{m}/{column}', float('nan')):.4f}" for column in columns]
-                table.add_row(f"  its {m} view", "", *cells, *("" for _ in result.modalities))
+        views = {f"only/{m}/": f"its {m} view" for m in result.modalities} | {"calibrated/": "its views, calibrated"}
+        best = outcome.best_view().replace(" ", "/") + "/"
+        for prefix, label in views.items():
+            if f"{prefix}recall@20" in outcome.test:
+                cells = [f"{outcome.test.get(prefix + column, float('nan')):.4f}" for column in columns]
+                table.add_row(f"  {label}{' *' if prefix == best else ''}", "", *cells, *("" for _ in result.modalities))
     out = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     out.print(table)
     out.print("reached m: Recall@20 of the student's own m view over that of teacher m (100 % = all that the modality can do).", highlight=False)
+    for name, outcome in result.outcomes.items():
+        if outcome.readout:
+            weights = {key.removeprefix("readout/weight/"): value for key, value in outcome.readout.items() if key.startswith("readout/weight/")}
+            fitted = ", ".join(f"{view} {weight:+.2f}" for view, weight in weights.items())
+            out.print(f"{name} calibrated: {fitted} (fitted on validation, where {outcome.best_view()} is the best view, *).", highlight=False)
     text = out.file
     assert isinstance(text, io.StringIO)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -20,8 +20,8 @@ from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.build import build_fit, build_trainer
-from ckd_fed.training.fit import METRIC, Fit
-from ckd_fed.training.trainer import Values
+from ckd_fed.training.fit import Fit
+from ckd_fed.training.trainer import METRIC, Values
 
 
 def train(config: Config) -> RunResult:
@@ -53,7 +53,7 @@ def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
     number = max((round_number for round_number, _ in fits.values()), default=0)
     teachers = {m: fits[f"teacher/{m}"][1].trainer.soft_scores() for m in dataset.modalities if f"teacher/{m}" in fits}
     student = _distil(config, dataset, record, result, teachers, number)
-    result.outcomes["student"] = _outcome(student)
+    result.outcomes["student"] = _outcome(student, calibrated=config.evaluation.calibrate)
     record.finish(result, time.monotonic() - started)
     return result
 
@@ -77,7 +77,7 @@ def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResul
         record.pretraining_round(number, reports, time.monotonic() - started)
     for role, fit in fits.items():
         fit.trainer.restore(fit.best)
-        result.outcomes[role] = _outcome(fit)
+        result.outcomes[role] = _outcome(fit, calibrated=config.evaluation.calibrate and role == "plain")
     return {role: (number, fit) for role, fit in fits.items()}
 
 
@@ -118,5 +118,8 @@ def against_teachers(row: Values, result: RunResult) -> Values:
     return row
 
 
-def _outcome(fit: Fit) -> Outcome:
-    return Outcome(fit.stopping.best_epoch, fit.epoch, fit.stopping.best, fit.trainer.diagnose(fit.trainer.dataset.test).compute())
+def _outcome(fit: Fit, *, calibrated: bool) -> Outcome:
+    """Test the best parameters, which the fit has restored."""
+    test = fit.trainer.dataset.test
+    metrics, chosen = fit.trainer.read_out(test) if calibrated else (fit.trainer.diagnose(test), {})
+    return Outcome(fit.stopping.best_epoch, fit.epoch, fit.stopping.best, metrics.compute(), chosen)

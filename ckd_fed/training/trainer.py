@@ -17,10 +17,12 @@ from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
 from ckd_fed.distillation.margins import teacher_margins
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput, PlainObjective
 from ckd_fed.errors import TrainingError
+from ckd_fed.evaluation.calibration import calibrate, calibration_views, combine, view_name
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
 
 Values = dict[str, float]
+METRIC = "recall@20"  # that training and every choice on validation go by
 
 
 class Trainer:
@@ -118,9 +120,26 @@ class Trainer:
         tables = self.embeddings([self.backbone.joint, *only.values()])
         metrics = evaluate(tables[self.backbone.joint], self.dataset.train, held_out, self.ks, share)
         for modality, view in only.items():
-            sums = evaluate(tables[view], self.dataset.train, held_out, self.ks, share).sums
-            metrics.sums.update({f"only/{modality}/{name}": total for name, total in sums.items()})
+            metrics.add(f"only/{modality}/", evaluate(tables[view], self.dataset.train, held_out, self.ks, share))
         return metrics
+
+    def read_out(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> tuple[RankingMetrics, Values]:
+        """As :meth:`diagnose`, and ranked by the calibrated sum of the views as ``calibrated/<metric>``.
+
+        Returns:
+            The metrics; and what was chosen on validation: ``readout/weight/<view>``, the fitted weights of the views (``joint``,
+            ``only m``), and ``readout/val/<view>``, the validation Recall@20 of each and of ``calibrated``.
+        """
+        backbone, train, val = self.backbone, self.dataset.train, self.dataset.val
+        metrics = self.diagnose(held_out, share)
+        tables = self.embeddings(calibration_views(backbone))
+        fit = calibrate(tables, train, val)
+        calibrated = combine(tables, fit.weights)
+        metrics.add("calibrated/", evaluate(calibrated, train, held_out, self.ks, share))
+        ranked = {view_name(backbone, view): table for view, table in tables.items()} | {"calibrated": calibrated}
+        chosen = {f"readout/weight/{name}": weight for name, weight in fit.named(backbone).items()}
+        chosen.update({f"readout/val/{name}": evaluate(table, train, val, self.ks).compute().get(METRIC, 0.0) for name, table in ranked.items()})
+        return metrics, chosen
 
     def embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """Detached tables of some views, for ranking."""
