@@ -61,7 +61,7 @@ class Federation:
         self.config: Config = exchange.config
         self.number = 0  # of the round, over both phases
         self.result = RunResult(plan.modalities, record.directory)
-        self.reweighting = Reweighting(tuple(plan.teachers))
+        self.reweighting = Reweighting(tuple(plan.teachers) if plan.card.counterfactual else ())
         self.steps = plan.card.n_train // self.config.training.batch_size + 1
 
     def run(self) -> RunResult:
@@ -199,9 +199,10 @@ class Federation:
         self, replies: Mapping[tuple[str, str], Reply], epoch: int, epochs: int, like: Mapping[str, np.ndarray] | None
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Check the workers' replies and merge them: weights averaged by samples, effects and weights of the modalities merged."""
-        required = ["loss/total", *(f"{kind}/{m}" for kind in ("effect", "weight", "specific", "generic") for m in self.plan.teachers)]
+        kinds = ("specific", "generic", *(("effect", "weight") if self.plan.card.counterfactual else ()))
+        required = ["loss/total", *(f"{kind}/{m}" for kind in kinds for m in self.plan.teachers)]
         if len(self.plan.students) == 1:
-            required += [f"val/{METRIC}", *(f"only/{m}/{METRIC}" for m in self.plan.modalities)]
+            required += [f"val/{METRIC}", *(f"only/{m}/{METRIC}" for m in self.plan.modalities if self.plan.card.counterfactual)]
         parameters: list[dict[str, np.ndarray]] = []
         reports: list[dict[str, float]] = []
         samples: list[int] = []
@@ -248,7 +249,8 @@ class Federation:
         for m in self.plan.teachers:
             teacher = self.result.outcomes[f"teacher/{m}"].validation
             values[f"teacher/{m}/{METRIC}"] = teacher
-            values[f"reached/{m}"] = ratio(values[f"only/{m}/{METRIC}"], teacher)
+            if self.plan.card.counterfactual:
+                values[f"reached/{m}"] = ratio(values[f"only/{m}/{METRIC}"], teacher)
         return values
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ckd_fed.backbones.base import Backbone, Embeddings, View
 from ckd_fed.data.interactions import Interactions
-from ckd_fed.evaluation.ranking import score_blocks
+from ckd_fed.evaluation.ranking import entries, score_blocks
 
 _MOST_USERS = 8192  # enough to fit a handful of weights, few enough to be quick on any catalogue
 _ITERATIONS = 25
@@ -49,9 +49,7 @@ class Calibration:
 
 def calibration_views(backbone: Backbone) -> list[View]:
     """The views that calibration weighs: joint, then ``only m`` of every modality; the joint one alone where they do not differ."""
-    if len(backbone.modalities) < 2 or not backbone.scores_use_features:
-        return [backbone.joint]
-    return [backbone.joint, *(backbone.only(m) for m in backbone.modalities)]
+    return [backbone.joint, *backbone.diagnosed.values()]
 
 
 def view_name(backbone: Backbone, view: View) -> str:
@@ -124,19 +122,19 @@ def _derivatives(
     value = torch.zeros((), dtype=torch.float64, device=weights.device)
     gradient, hessian = torch.zeros_like(weights), weights.new_zeros((n_views, n_views))
     total = 0
-    for chunk, row, item, scores in score_blocks(list(tables.values()), train, held_out, users):
-        combined = sum(weight * score for weight, score in zip(weights.float(), scores, strict=True))  # (b, n_items), -inf where seen
-        assert isinstance(combined, Tensor)
+    for chunk, seen, scores in score_blocks(list(tables.values()), train, users):
+        row, item = entries(held_out, chunk, weights.device)
+        combined = torch.stack([weight * score for weight, score in zip(weights.to(scores[0].dtype), scores, strict=True)]).sum(0)  # (b, n_items)
+        combined[seen] = -torch.inf
         log_total = combined.logsumexp(1)
         probability = (combined - log_total[:, None]).exp()
-        finite = [score.nan_to_num(neginf=0.0) for score in scores]
-        mean = torch.stack([(probability * score).sum(1) for score in finite], dim=1).double()  # (b, V)
+        mean = torch.stack([(probability * score).sum(1) for score in scores], dim=1).double()  # (b, V)
         counts = torch.bincount(row, minlength=len(chunk)).double()
         value += (combined[row, item].double() - log_total[row].double()).sum()
-        gradient += torch.stack([score[row, item].double().sum() for score in finite]) - (counts[:, None] * mean).sum(0)
+        gradient += torch.stack([score[row, item].double().sum() for score in scores]) - (counts[:, None] * mean).sum(0)
         for a in range(n_views):
             for b in range(a, n_views):
-                second = (probability * finite[a] * finite[b]).sum(1).double() - mean[:, a] * mean[:, b]
+                second = (probability * scores[a] * scores[b]).sum(1).double() - mean[:, a] * mean[:, b]
                 hessian[a, b] += (counts * second).sum()
                 hessian[b, a] = hessian[a, b]
         total += len(row)

@@ -42,7 +42,8 @@ def evaluate(
     users = held_out.users[worker::workers]
     longest = min(max(ks), train.n_items)
     metrics = RankingMetrics(tuple(sorted(ks)))
-    for chunk, _, _, (scores,) in score_blocks([embeddings], train, held_out, users):
+    for chunk, seen, (scores,) in score_blocks([embeddings], train, users):
+        scores[seen] = -torch.inf
         top = scores.topk(longest, dim=1).indices.cpu().numpy()  # (b, K)
         hits = held_out.contains(chunk[:, None], top)
         if longest < max(ks):  # fewer items than K: the list ends early
@@ -52,13 +53,13 @@ def evaluate(
 
 
 def score_blocks(
-    tables: Sequence[Embeddings], train: Interactions, held_out: Interactions, users: np.ndarray
-) -> Iterator[tuple[np.ndarray, Tensor, Tensor, list[Tensor]]]:
+    tables: Sequence[Embeddings], train: Interactions, users: np.ndarray
+) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor], list[Tensor]]]:
     """Scores of all items for some users, block by block, under one or more tables.
 
     Yields:
-        users of the block ``(b,)``; row in the block and item of each of their held-out interactions, two ``(h,)`` index tensors; and
-        for every table the scores ``(b, n_items)``, -inf for the users' training items.
+        users of the block ``(b,)``; the entries to mask, (row in the block, item) of every training item; and for every table the
+        scores ``(b, n_items)``, not masked yet.
     """
     device = tables[0].items.device
     items = [table.items.T.contiguous() for table in tables]
@@ -66,18 +67,12 @@ def score_blocks(
     for start in range(0, len(users), block):
         chunk = users[start : start + block]
         index = torch.from_numpy(chunk).to(device)
-        seen = [part.to(device) for part in _entries(train, chunk)]
-        scores = []
-        for table, transposed in zip(tables, items, strict=True):
-            score = table.users[index] @ transposed
-            score[seen[0], seen[1]] = -torch.inf
-            scores.append(score)
-        row, item = (part.to(device) for part in _entries(held_out, chunk))
-        yield chunk, row, item, scores
+        yield chunk, entries(train, chunk, device), [table.users[index] @ transposed for table, transposed in zip(tables, items, strict=True)]
 
 
-def _entries(interactions: Interactions, users: np.ndarray) -> tuple[Tensor, Tensor]:
+def entries(interactions: Interactions, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """(position in ``users``, item) of every interaction of some users."""
     degree = interactions.degree[users]
     first = np.repeat(interactions.indptr[users] - np.concatenate([[0], np.cumsum(degree)[:-1]]), degree)
-    return torch.from_numpy(np.repeat(np.arange(len(users)), degree)), torch.from_numpy(interactions.items[first + np.arange(degree.sum())])
+    row, item = np.repeat(np.arange(len(users)), degree), interactions.items[first + np.arange(degree.sum())]
+    return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)

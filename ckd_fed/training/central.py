@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ckd_fed.backbones.base import Embeddings
+from ckd_fed.backbones.build import backbone_class
 from ckd_fed.checkpoint import to_arrays
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset
@@ -16,6 +17,7 @@ from ckd_fed.data.locate import open_dataset, standin_notice
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.home import home
+from ckd_fed.tracking.console import no_counterfactual_notice
 from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
@@ -49,6 +51,8 @@ def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
     if dataset.standin:
         record.write(standin_notice(config))
     result = RunResult(dataset.modalities, record.directory)
+    if not backbone_class(config.backbone).scores_use_features:
+        record.write(no_counterfactual_notice(config.backbone))
     fits = _pretrain(config, dataset, record, result)
     number = max((round_number for round_number, _ in fits.values()), default=0)
     teachers = {m: fits[f"teacher/{m}"][1].trainer.soft_scores() for m in dataset.modalities if f"teacher/{m}" in fits}
@@ -114,7 +118,8 @@ def against_teachers(row: Values, result: RunResult) -> Values:
         teacher = result.outcomes.get(f"teacher/{m}")
         if teacher:
             row[f"teacher/{m}/{METRIC}"] = teacher.validation
-            row[f"reached/{m}"] = ratio(row[f"only/{m}/{METRIC}"], teacher.validation)
+            if f"only/{m}/{METRIC}" in row:
+                row[f"reached/{m}"] = ratio(row[f"only/{m}/{METRIC}"], teacher.validation)
     return row
 
 
