@@ -11,6 +11,7 @@ import numpy as np
 
 from ckd_fed.data.features import load_features, load_mask
 from ckd_fed.data.interactions import Interactions, read_split_file
+from ckd_fed.data.manifest import verify
 from ckd_fed.errors import DataError, unknown
 
 SPLITS = ("train", "val", "test")
@@ -81,7 +82,7 @@ def load_dataset(
 
     Args:
         directory: folder in the layout ``train.json``, ``val.json``, ``test.json``, ``<modality>_feat.npy`` and, optionally,
-            ``<modality>_mask.npy``.
+            ``<modality>_mask.npy``. Where a ``manifest.json`` is there, the files opened are held against it.
         name: name for outputs, by default the folder's.
         modalities: which modalities to open, in this order; by default all that are there. Other files are not touched: a teacher
             node opens one.
@@ -93,6 +94,8 @@ def load_dataset(
     """
     if not directory.is_dir():
         raise DataError(f"dataset directory {directory} does not exist")
+    modalities = None if modalities is None else tuple(modalities)
+    verify(directory, modalities)
     pairs = {split: read_split_file(directory / f"{split}.json") for split in SPLITS}
     n_users = 1 + max(int(users.max()) for users, _ in pairs.values())
     n_items = 1 + max(int(items.max()) for _, items in pairs.values())
@@ -102,7 +105,7 @@ def load_dataset(
     for modality in available:
         if not modality:
             raise DataError(f"{directory}: {_SUFFIX} has no modality in front of it ({modality!r}); name it <modality>{_SUFFIX}")
-    wanted = tuple(modalities) if modalities is not None else available
+    wanted = modalities if modalities is not None else available
     for modality in wanted:
         if modality not in available:
             raise DataError(f"{directory}: {unknown('modality', modality, available or ['none: no *_feat.npy file here'])}")

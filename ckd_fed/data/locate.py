@@ -40,7 +40,7 @@ def locate(config: Config, node_config: Mapping[str, object] | None = None) -> t
         return generate_standin(root / f"{config.dataset}-standin"), True
     if standin == "always":
         raise ConfigError(unknown("dataset with a built-in stand-in", config.dataset, STANDINS))
-    present = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) if root.is_dir() else []
     raise DataError(
         f"{unknown('dataset', config.dataset, [*present, *STANDINS])}; put its files into {real}, or name their folder with data.dir "
         "(on a node: data-dir in its node-config)"
