@@ -1,0 +1,131 @@
+"""``ckd-fed data …``: from published or own files to a checked dataset."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ckd_fed.errors import ConfigError, DataError
+
+# Heavy imports happen in the commands that need them, so that --help stays quick.
+
+Subparsers = Any  # argparse's own class for it is private
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Add ``data`` and its subcommands to the command's parser."""
+    group = commands.add_parser("data", help="import, inspect and lay out datasets")
+    data = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    home = argparse.ArgumentParser(add_help=False)
+    home.add_argument("--home", default="", metavar="DIR", help="instead of $CKD_FED_HOME or ~/.ckd_fed; datasets are in its data/")
+    _add_import(data, home)
+
+
+def data_directory(given: str) -> Path:
+    """``<home>/data``."""
+    from ckd_fed.config import Config
+    from ckd_fed.home import home
+
+    return home(Config(home=str(Path(given).expanduser().absolute()) if given else "")) / "data"
+
+
+def dataset_directory(name: str, given_home: str) -> Path:
+    """The folder of a dataset that the user names: an existing folder, or a name under ``<home>/data``.
+
+    Raises:
+        DataError: there is none.
+    """
+    from ckd_fed.errors import unknown
+
+    root = data_directory(given_home)
+    if "/" in name or name in (".", ".."):
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise DataError(f"{path} is no folder")
+        return path
+    if not (root / name).is_dir():
+        present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) if root.is_dir() else []
+        raise DataError(f"{root}: {unknown('dataset', name, present or ['none yet'])}; for a folder elsewhere give its path with a slash")
+    return root / name
+
+
+def _add_import(data: Subparsers, home: argparse.ArgumentParser) -> None:
+    command = data.add_parser(
+        "import",
+        parents=[home],
+        help="import files in a published layout (LATTICE, MMRec, HKUDS), or tables of one's own",
+        description="Import a folder in LATTICE's, MMRec's or HKUDS's layout, or files: one table of interactions (CSV, TSV or parquet with a user "
+        "and an item column) and feature tables (.npy, .npz, .safetensors, parquet or CSV, named after their modality) that are aligned by id.",
+    )
+    command.add_argument("paths", nargs="+", metavar="PATH", help="a folder, or files")
+    command.add_argument("--as", required=True, dest="name", metavar="NAME", help="name of the dataset to make")
+    command.add_argument("--layout", choices=["lattice", "mmrec", "hkuds", "own"], default="", help="by default told from the files")
+    command.add_argument("--replace", action="store_true", help="put it in the place of a dataset of that name")
+    command.add_argument("--dtype", choices=["float16", "float32"], default="", help="of the features on disk; by default as they come")
+    own = command.add_argument_group("own tables")
+    own.add_argument("--features", action="append", default=[], metavar="MODALITY=FILE", help="where the file name does not say the modality")
+    own.add_argument("--split", default="", metavar="RULE", help="random (per user 80/10/10; the default), leave-one-out, temporal or cold-items")
+    own.add_argument("--seed", type=int, default=123, help="of the split rule (123)")
+    for column in ("user", "item", "time", "split", "id"):
+        table = "the feature tables" if column == "id" else "the interactions"
+        own.add_argument(f"--{column}-column", default="", metavar="NAME", help=f"of {table}, where its name is none of the usual")
+    own.add_argument("--rows-are-ids", action="store_true", help="row k of a feature file without ids belongs to the item with the id k")
+    command.set_defaults(action=_import)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from ckd_fed.data.draft import check_name, write_draft
+    from ckd_fed.data.importers.detect import read_draft
+    from ckd_fed.data.importers.own import Options
+
+    check_name(arguments.name)
+    destination = data_directory(arguments.home) / arguments.name
+    if destination.exists() and not arguments.replace:  # before minutes of reading
+        raise DataError(f"{destination} exists; choose another name, or say --replace to put this dataset in its place")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed is {arguments.seed}; a whole number from 0 is needed")
+    options = Options(
+        arguments.user_column,
+        arguments.item_column,
+        arguments.time_column,
+        arguments.split_column,
+        arguments.id_column,
+        arguments.split,
+        arguments.seed,
+        arguments.rows_are_ids,
+    )
+    paths = [Path(path).expanduser() for path in arguments.paths]
+    draft = read_draft(paths, layout=arguments.layout, features=_assignments(arguments.features), options=options)
+    about = write_draft(draft, destination, dtype=arguments.dtype, replace=arguments.replace)
+    print_summary(destination, about)
+
+
+def _assignments(texts: list[str]) -> dict[str, Path]:
+    table: dict[str, Path] = {}
+    for text in texts:
+        modality, equals, path = text.partition("=")
+        if not (equals and modality and path):
+            raise ConfigError(f"--features {text!r}: MODALITY=FILE is needed, for example text=vectors.parquet")
+        if modality in table:
+            raise ConfigError(f"--features names the modality {modality!r} twice")
+        table[modality] = Path(path).expanduser()
+    return table
+
+
+def print_summary(destination: Path, about: dict[str, Any]) -> None:
+    """What was written, and what was left out on the way."""
+    from ckd_fed.data.splits import RULE_WORDS
+
+    rule = about["split"]
+    print(f"{destination}: {about['users']:,} users, {about['items']:,} items")
+    drawn = f", seed {rule['seed']}" if "seed" in rule else ""
+    words = f": {RULE_WORDS[rule['rule']]}" if rule["rule"] in RULE_WORDS else ""
+    print(f"  train {rule['train']:,}, val {rule['val']:,}, test {rule['test']:,} interactions (split: {rule['rule']}{drawn}{words})")
+    for modality, one in about["modalities"].items():
+        lacking = f", {one['missing']:,} items lack it" if one["missing"] else ", no item lacks it"
+        print(f"  {modality}: {one['dimension']}-d {one['dtype']} from {one['source']}{lacking}")
+    for note in about["notes"]:
+        print(f"  note: {note}")
+    if len(about["modalities"]) < 2:
+        print("  note: a student needs two modalities or more; this dataset serves a teacher")

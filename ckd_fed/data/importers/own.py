@@ -1,0 +1,153 @@
+"""One's own files: a table of interactions and feature tables, brought together by id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckd_fed.data.dataset import SPLITS
+from ckd_fed.data.draft import Draft, ModalityDraft
+from ckd_fed.data.importers.tables import ITEM_NAMES, TEXT_ENDINGS, USER_NAMES, InteractionTable, header, read_interactions
+from ckd_fed.data.importers.vectors import ENDINGS, align, modality_of, read_vectors, sidecar
+from ckd_fed.data.splits import DEFAULT_SEED, split
+from ckd_fed.errors import DataError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says about files that do not say it themselves; empty means by the usual names.
+
+    Attributes:
+        user_column, item_column, time_column, split_column: of the interactions.
+        id_column: of the feature tables.
+        rule: split rule; empty for the split column, or random where there is none.
+        seed: of the rule.
+        rows_are_ids: row k of a feature file without ids belongs to the item with the id k.
+    """
+
+    user_column: str = ""
+    item_column: str = ""
+    time_column: str = ""
+    split_column: str = ""
+    id_column: str = ""
+    rule: str = ""
+    seed: int = DEFAULT_SEED
+    rows_are_ids: bool = False
+
+
+def sorted_ids(ids: Sequence[str]) -> list[str]:
+    """Distinct ids in order: by number if all are plain whole numbers, else by text. The order of the rows carries no meaning."""
+    distinct = set(ids)
+    plain = all(name.isascii() and name.isdecimal() and (name == "0" or name[0] != "0") for name in distinct)
+    return sorted(distinct, key=int) if plain else sorted(distinct)
+
+
+def sort_files(paths: Sequence[Path], options: Options, named: Sequence[Path] = ()) -> tuple[Path, dict[str, Path]]:
+    """Tell the interactions from the feature tables: the interactions are the table with a user and an item column.
+
+    Args:
+        paths: the files.
+        options: see there.
+        named: feature files whose modality the user gave; they and their lists of ids are passed over.
+
+    Raises:
+        DataError: no or several tables of interactions, or two files for one modality.
+    """
+    interactions: list[Path] = []
+    features: dict[str, Path] = {}
+    passed = {*named, *(place for path in (*paths, *named) if (place := sidecar(path)) is not None)}
+    for path in paths:
+        if path in passed:
+            continue
+        if path.suffix in (*TEXT_ENDINGS, ".parquet"):
+            names = {name.lower() for name in header(path)}
+            user = {options.user_column.lower()} if options.user_column else set(USER_NAMES)
+            item = {options.item_column.lower()} if options.item_column else set(ITEM_NAMES)
+            if names & user and names & item:
+                interactions.append(path)
+                continue
+        if path.suffix not in ENDINGS:
+            raise DataError(f"{path} is none of the kinds of file that are read ({', '.join(ENDINGS)})")
+        modality = modality_of(path)
+        if modality in features:
+            raise DataError(f"{features[modality]} and {path} are both for the modality {modality!r}; name them with --features MODALITY=FILE")
+        features[modality] = path
+    if len(interactions) != 1:
+        found = ", ".join(path.name for path in interactions) or "none of " + (", ".join(path.name for path in paths) or "no files")
+        raise DataError(
+            f"{len(interactions)} tables of interactions ({found}); exactly one file with a user and an item column is needed "
+            "(name the columns with --user-column and --item-column)"
+        )
+    return interactions[0], features
+
+
+def read_own(interactions: Path, features: Mapping[str, Path], options: Options) -> Draft:
+    """Read interactions and features and bring them together.
+
+    Items are those with an interaction; an item without a vector lacks that modality.
+
+    Args:
+        interactions: the table.
+        features: modality -> its file.
+        options: see there.
+
+    Raises:
+        DataError: anything missing, damaged or contradictory.
+    """
+    if not features:
+        raise DataError(f"{interactions} comes without features; name at least one feature table, for example image.npz")
+    if options.rule and options.split_column:
+        raise DataError(f"a split rule ({options.rule}) and a split column ({options.split_column}) were given; one of them decides")
+    table = read_interactions(
+        interactions,
+        user_column=options.user_column,
+        item_column=options.item_column,
+        time_column=options.time_column,
+        split_column=options.split_column,
+        rule_given=bool(options.rule),
+    )
+    user_ids, item_ids = sorted_ids(table.users), sorted_ids(table.items)
+    parts, rule, notes = split_interactions(table, user_ids, item_ids, options.rule, options.seed)
+    modalities = {}
+    sources = [interactions]
+    for modality, path in features.items():
+        matrix, mask, said = align(read_vectors(path, options.id_column), item_ids, options.rows_are_ids)
+        modalities[modality] = ModalityDraft(matrix, mask, path.name)
+        notes += said
+        sources += [path, *([place] if (place := sidecar(path)) is not None else [])]
+    return Draft("own", user_ids, item_ids, parts, modalities, rule, sources, notes)
+
+
+def split_interactions(
+    table: InteractionTable, user_ids: Sequence[str], item_ids: Sequence[str], rule: str, seed: int
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, Any], list[str]]:
+    """Number the ids and split.
+
+    Returns:
+        Split -> users and items; the rule for the manifest; notes.
+
+    Raises:
+        DataError: a part would be empty.
+    """
+    user_of = {name: k for k, name in enumerate(user_ids)}
+    item_of = {name: k for k, name in enumerate(item_ids)}
+    users = np.array([user_of[name] for name in table.users], dtype=np.int64)
+    items = np.array([item_of[name] for name in table.items], dtype=np.int64)
+    notes = [f"{table.doubled:,} rows repeat a pair of user and item and were left out"] if table.doubled else []
+    if table.parts is not None:
+        part = table.parts
+        about: dict[str, Any] = {"rule": "column"}
+    else:
+        part = split(rule or "random", users, items, table.times, seed)
+        about = {"rule": rule or "random", **({} if rule == "temporal" else {"seed": seed})}
+        few = int((np.bincount(users) < 3).sum())
+        if few and about["rule"] in ("random", "leave-one-out"):
+            notes.append(f"{few:,} users have fewer than three interactions, which all train")
+    for k, name in enumerate(SPLITS):
+        if not (part == k).any():
+            raise DataError(f"the split leaves {name} empty ({len(part):,} interactions in all); every part needs some, choose another rule")
+    return {name: (users[part == k], items[part == k]) for k, name in enumerate(SPLITS)}, about, notes

@@ -1,0 +1,278 @@
+"""Interaction tables: CSV, TSV or parquet with a user and an item column, of any ids."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckd_fed.errors import DataError, unknown
+
+TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".inter")
+USER_NAMES = ("user", "user_id", "userid", "uid", "reviewerid")
+ITEM_NAMES = ("item", "item_id", "itemid", "iid", "asin")
+TIME_NAMES = ("timestamp", "time", "unixreviewtime", "date", "datetime")
+SPLIT_NAMES = ("split", "x_label")
+_PARTS = {"train": 0, "training": 0, "0": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "1": 1, "test": 2, "testing": 2, "2": 2}
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts.
+
+    Attributes:
+        path: the file.
+        names: of the columns.
+        columns: name -> entries.
+        lines: line of the file that each row ends on (in parquet: the row's number from 1).
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    columns: dict[str, list[str]]
+    lines: Sequence[int]
+
+    def column(self, name: str) -> list[str]:
+        """A column's entries.
+
+        Raises:
+            DataError: there is none of that name; the message lists them.
+        """
+        if name not in self.columns:
+            raise DataError(f"{self.path}: {unknown('column', name, self.names)}")
+        return self.columns[name]
+
+
+def text_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a delimited file with their numbers, header first; blank lines are skipped.
+
+    The delimiter is a tab in ``.tsv`` and ``.inter`` files, else whichever of comma, tab and semicolon the header has.
+
+    Raises:
+        DataError: no UTF-8, a NUL byte, an open quote or a row of another width than the header.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            mark = "\t" if path.suffix in (".tsv", ".inter") else next((mark for mark in ",\t;" if mark in header), ",")
+            file.seek(0)
+            reader = csv.reader(file, delimiter=mark, strict=True)
+            width = 0
+            for row in reader:
+                if not row:
+                    continue
+                width = width or len(row)
+                if len(row) != width:
+                    raise DataError(f"{path}, line {reader.line_num}: {len(row)} fields, the header has {width}")
+                if "\0" in "".join(row):
+                    raise DataError(f"{path}, line {reader.line_num}: a NUL character; the file is damaged or no UTF-8 text")
+                yield reader.line_num, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (line {_line_of(path)}: {error.reason}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _line_of(path: Path) -> int:
+    """The line with the first byte that is no UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def header(path: Path) -> tuple[str, ...]:
+    """Names of a table's columns, stripped."""
+    if path.suffix == ".parquet":
+        return tuple(open_parquet(path).schema_arrow.names)
+    for _, row in text_rows(path):
+        return tuple(name.strip() for name in row)
+    raise DataError(f"{path} is empty; a header line and rows are needed")
+
+
+def read_text_table(path: Path, wanted: Sequence[str] | None = None) -> TextTable:
+    """Read a delimited file or the named columns of a parquet file as texts.
+
+    Raises:
+        DataError: a damaged file, a column name twice, no rows.
+    """
+    names = header(path)
+    if len(set(names)) != len(names):
+        raise DataError(f"{path} has the column {next(name for name in names if names.count(name) > 1)!r} twice")
+    keep = [name for name in names if wanted is None or name in wanted]
+    lines: Sequence[int]
+    if path.suffix == ".parquet":
+        table = open_parquet(path).read(columns=keep)
+        columns = {name: [id_text(path, name, k, value) for k, value in enumerate(table[name].to_pylist(), 1)] for name in keep}
+        lines = range(1, table.num_rows + 1)
+    else:
+        rows = text_rows(path)
+        next(rows)
+        positions = [names.index(name) for name in keep]
+        kept: list[list[str]] = [[] for _ in keep]
+        numbers = []
+        for number, row in rows:
+            numbers.append(number)
+            for into, at in zip(kept, positions, strict=True):
+                into.append(row[at].strip())
+        columns, lines = dict(zip(keep, kept, strict=True)), numbers
+    if not len(lines):
+        raise DataError(f"{path} has a header but no rows")
+    return TextTable(path, names, columns, lines)
+
+
+def open_parquet(path: Path) -> Any:
+    """A ``pyarrow.parquet.ParquetFile``; pyarrow is an extra.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is damaged.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise DataError(f"{path}: parquet needs pyarrow; install it with pip install 'ckd_fed[data]', or save the table as CSV") from None
+    try:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())[:120]}") from None
+
+
+def id_text(path: Path, column: str, row: int, value: object) -> str:
+    """An id as text: whole floats, which is what pandas makes of integers beside missing ones, as integers.
+
+    Raises:
+        DataError: no id at all.
+    """
+    if isinstance(value, float) and not (math.isfinite(value) and value == int(value)):
+        raise DataError(f"{path}, row {row}: {column} is {value}, which is no id")
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if value is None or isinstance(value, (bool, list, dict)):
+        raise DataError(f"{path}, row {row}: {column} is {value}, which is no id")
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def find_column(path: Path, names: Sequence[str], given: str, usual: Sequence[str], what: str, needed: bool = True) -> str | None:
+    """The column that was named, or the one with a usual name.
+
+    Raises:
+        DataError: the named one is not there, or there is none or more than one with a usual name where one is needed.
+    """
+    if given:
+        if given not in names:
+            raise DataError(f"{path}: {unknown('column', given, names)}")
+        return given
+    found = [name for name in names if name.lower() in usual]
+    if len(found) > 1 or (needed and not found):
+        state = f"{len(found)} columns that could be the {what} ({', '.join(found)})" if found else f"no {what} column"
+        raise DataError(f"{path} has {state}; name it with --{what}-column (columns: {', '.join(names)[:200]})")
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class InteractionTable:
+    """Interactions of one table, every pair of user and item once.
+
+    Attributes:
+        users, items: the source's ids.
+        times: seconds or whatever unit the table has, shape ``(n,)``; None without a time column.
+        parts: 0, 1 or 2 for train, val and test, shape ``(n,)``; None without a split column.
+        doubled: rows that repeated a pair and were dropped.
+    """
+
+    users: list[str]
+    items: list[str]
+    times: np.ndarray | None
+    parts: np.ndarray | None
+    doubled: int
+
+
+def read_interactions(
+    path: Path, *, user_column: str = "", item_column: str = "", time_column: str = "", split_column: str = "", rule_given: bool = False
+) -> InteractionTable:
+    """Read a table of interactions.
+
+    A pair that is there several times is kept once, with its earliest time.
+
+    Args:
+        path: the file.
+        user_column, item_column, time_column, split_column: names; by default those usual in the field.
+        rule_given: a split rule was asked for, so a column that merely looks like a split is not used.
+
+    Raises:
+        DataError: a column is missing or holds something else, or one pair is in two parts.
+    """
+    names = header(path)
+    user = find_column(path, names, user_column, USER_NAMES, "user")
+    item = find_column(path, names, item_column, ITEM_NAMES, "item")
+    time = find_column(path, names, time_column, TIME_NAMES, "time", needed=False)
+    part = None if rule_given and not split_column else find_column(path, names, split_column, SPLIT_NAMES, "split", needed=False)
+    assert user is not None
+    assert item is not None
+    if user == item:
+        raise DataError(f"{path}: {user!r} cannot be both the user and the item column")
+    table = read_text_table(path, [name for name in (user, item, time, part) if name])
+    users, items = table.columns[user], table.columns[item]
+    for column, entries in ((user, users), (item, items)):
+        if "" in entries:
+            raise DataError(f"{path}, line {table.lines[entries.index('')]}: {column} is empty")
+    times = _times(table, time) if time else None
+    parts = _parts(table, part) if part else None
+    chosen: dict[tuple[str, str], int] = {}
+    for k, pair in enumerate(zip(users, items, strict=True)):
+        first = chosen.setdefault(pair, k)
+        if first == k:
+            continue
+        if parts is not None and parts[first] != parts[k]:
+            raise DataError(
+                f"{path}, line {table.lines[k]}: user {pair[0][:40]!r} has item {pair[1][:40]!r} in two parts (see line {table.lines[first]})"
+            )
+        if times is not None and times[k] < times[first]:
+            chosen[pair] = k
+    rows = list(chosen.values())
+    return InteractionTable(
+        [users[k] for k in rows],
+        [items[k] for k in rows],
+        times[rows] if times is not None else None,
+        parts[rows] if parts is not None else None,
+        len(users) - len(rows),
+    )
+
+
+def _times(table: TextTable, column: str) -> np.ndarray:
+    values = np.empty(len(table.lines))
+    for k, text in enumerate(table.columns[column]):
+        value = math.nan
+        with suppress(ValueError):
+            value = float(text)
+        if math.isnan(value):
+            with suppress(ValueError, OverflowError):
+                moment = datetime.fromisoformat(text)
+                value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        if not math.isfinite(value):
+            raise DataError(f"{table.path}, line {table.lines[k]}: {column} is {text[:40]!r}; a number or an ISO date such as 2014-07-23 is needed")
+        values[k] = value
+    return values
+
+
+def _parts(table: TextTable, column: str) -> np.ndarray:
+    parts = np.empty(len(table.lines), dtype=np.int64)
+    for k, text in enumerate(table.columns[column]):
+        part = _PARTS.get(text.lower())
+        if part is None:
+            raise DataError(f"{table.path}, line {table.lines[k]}: {column} is {text[:40]!r}; train, val or test is needed (or 0, 1, 2)")
+        parts[k] = part
+    return parts

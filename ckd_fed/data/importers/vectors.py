@@ -1,0 +1,293 @@
+"""Feature tables: vectors with the ids of their items, from ``.npy``, ``.npz``, ``.safetensors``, parquet or CSV, and their alignment by id."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ckd_fed.data.features import open_npy
+from ckd_fed.data.importers.tables import TEXT_ENDINGS, find_column, header, id_text, open_parquet, text_rows
+from ckd_fed.errors import DataError
+
+ID_NAMES = ("item", "item_id", "itemid", "iid", "asin", "id", "ids", "item_ids")
+_ARRAYS = ("features", "feature", "feat", "embeddings", "embedding", "vectors", "x")
+ENDINGS = (".npy", ".npz", ".safetensors", ".parquet", *TEXT_ENDINGS)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors of items.
+
+    Attributes:
+        path: the file.
+        ids: of the items, one a row; None if the file has none and rows are to be taken for ids.
+        matrix: shape ``(rows, dimension)``, floats; NaN in a whole row where an item has no vector.
+    """
+
+    path: Path
+    ids: list[str] | None
+    matrix: np.ndarray
+
+
+def sidecar(path: Path) -> Path | None:
+    """The list of ids beside a file without any: ``<stem>_ids`` or ``<modality>_ids`` as ``.txt``, ``.json`` or ``.npy``."""
+    stems = dict.fromkeys((path.stem, modality_of(path)))
+    places = [path.with_name(f"{stem}_ids{ending}") for stem in stems for ending in (".txt", ".json", ".npy")]
+    return next((place for place in places if place.is_file()), None)
+
+
+def modality_of(path: Path) -> str:
+    """The modality a file name speaks of: ``image_feat.npy``, ``image-features.parquet`` and ``image.csv`` are all image."""
+    name = path.name.partition(".")[0] if path.suffix != ".npy" else path.stem
+    for ending in ("feat", "feats", "features", "embeddings", "vectors"):
+        for mark in "_-":
+            if name.endswith(mark + ending):
+                return name[: -len(ending) - 1]
+    return name
+
+
+def read_vectors(path: Path, id_column: str = "") -> Vectors:
+    """Read a feature table.
+
+    Raises:
+        DataError: an unknown ending, a damaged file, no or doubtful ids, or anything that is no number.
+    """
+    reader: dict[str, Callable[[Path, str], Vectors]] = {
+        ".npy": lambda file, _: Vectors(file, _sidecar_ids(file), open_npy(file)),
+        ".npz": _read_npz,
+        ".safetensors": _read_safetensors,
+        ".parquet": _read_parquet,
+        **dict.fromkeys(TEXT_ENDINGS, _read_text),
+    }
+    if path.suffix not in reader:
+        raise DataError(f"{path}: features are read from {', '.join(reader)}")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    vectors = reader[path.suffix](path, id_column)
+    matrix = vectors.matrix
+    if matrix.ndim != 2 or matrix.dtype.kind not in "fiu" or 0 in matrix.shape:
+        raise DataError(f"{path} has shape {matrix.shape} and dtype {matrix.dtype}; a matrix of numbers with one row an item is needed")
+    if vectors.ids is not None and len(vectors.ids) != len(matrix):
+        raise DataError(f"{path} has {len(matrix):,} rows but {len(vectors.ids):,} ids; one id a row is needed")
+    return vectors if matrix.dtype.kind == "f" else Vectors(path, vectors.ids, matrix.astype(np.float32))
+
+
+def align(vectors: Vectors, item_ids: Sequence[str], rows_are_ids: bool = False) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Put vectors into the order of a dataset's items.
+
+    Args:
+        vectors: as read.
+        item_ids: of the dataset's items, in order.
+        rows_are_ids: row k of a file without ids belongs to the item with the id "k"; only if asked for.
+
+    Returns:
+        Features ``(n_items, dimension)`` with zero rows where an item has none, mask ``(n_items,)`` bool, and notes in words.
+
+    Raises:
+        DataError: no ids, an id twice with different vectors, no item in common, or a NaN or infinite entry.
+    """
+    ids = vectors.ids
+    if ids is None:
+        if not rows_are_ids:
+            raise DataError(
+                f"{vectors.path} has no ids: put a list of them beside it ({vectors.path.stem}_ids.txt, one a line), "
+                "or say --rows-are-ids if row k belongs to the item with the id k"
+            )
+        ids = [str(k) for k in range(len(vectors.matrix))]
+    row_of: dict[str, int] = {}
+    doubled = 0
+    for row, name in enumerate(ids):
+        first = row_of.setdefault(name, row)
+        if first != row:
+            if not np.array_equal(vectors.matrix[first], vectors.matrix[row], equal_nan=True):
+                raise DataError(f"{vectors.path} has the item {name[:40]!r} twice, in rows {first + 1} and {row + 1}, with different vectors")
+            doubled += 1
+    rows = np.array([row_of.get(name, -1) for name in item_ids], dtype=np.int64)
+    there = rows >= 0
+    if not there.any():
+        raise DataError(
+            f"{vectors.path} has none of the {len(item_ids):,} items of the interactions: its ids look like {ids[0][:40]!r}, theirs like "
+            f"{item_ids[0][:40]!r}; both must be of one kind"
+        )
+    features = np.zeros((len(item_ids), vectors.matrix.shape[1]), dtype=vectors.matrix.dtype)
+    features[there] = vectors.matrix[rows[there]]
+    bad = ~np.isfinite(features)
+    empty = np.isnan(features).all(axis=1)
+    partly = np.flatnonzero(bad.any(axis=1) & ~empty)
+    if len(partly):
+        item, column = int(partly[0]), int(np.flatnonzero(bad[partly[0]])[0])
+        raise DataError(
+            f"{vectors.path}: the item {item_ids[item][:40]!r} has {features[item, column]} in column {column + 1} ({len(partly):,} such items); "
+            "a vector is there as a whole or not at all"
+        )
+    features[empty] = 0
+    mask = there & ~empty
+    if not mask.any():
+        raise DataError(f"{vectors.path} has no vector for any item of the interactions: all of them are empty")
+    notes = []
+    name = vectors.path.name
+    if not there.all():
+        notes.append(
+            f"{name}: {int((~there).sum()):,} of {len(item_ids):,} items have no row and are masked (first: {item_ids[int(np.argmin(there))]})"
+        )
+    if (there & empty).any():
+        notes.append(f"{name}: {int((there & empty).sum()):,} items have an empty vector and are masked")
+    if extra := len(row_of) - int(there.sum()):
+        notes.append(f"{name}: {extra:,} rows belong to items without an interaction and were left out")
+    if doubled:
+        notes.append(f"{name}: {doubled:,} rows repeat another and were left out")
+    return features, mask, notes
+
+
+def _sidecar_ids(path: Path) -> list[str] | None:
+    place = sidecar(path)
+    if place is None:
+        return None
+    if place.suffix == ".npy":
+        return _id_list(place, open_npy(place))
+    try:
+        text = place.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if place.suffix == ".json" else text.splitlines()
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} cannot be read: {error}") from None
+    if not isinstance(names, list):
+        raise DataError(f"{place} holds a {type(names).__name__}; a list of ids is needed")
+    ids = [id_text(place, "id", row, name).strip() for row, name in enumerate(names, 1)]
+    if "" in ids:
+        raise DataError(f"{place}, line {ids.index('') + 1}: an id is empty")
+    return ids
+
+
+def _id_list(path: Path, ids: np.ndarray) -> list[str]:
+    if ids.ndim != 1 or ids.dtype.kind not in "iuUS":
+        raise DataError(f"{path}: the ids have shape {ids.shape} and dtype {ids.dtype}; a list of whole numbers or texts is needed")
+    return [name.decode("utf-8", "replace") for name in ids.tolist()] if ids.dtype.kind == "S" else [str(name) for name in ids.tolist()]
+
+
+def _pick(path: Path, names: Sequence[str], shapes: Mapping[str, int], id_column: str) -> tuple[str, str | None]:
+    """Name of the matrix and of the ids among named arrays; ``shapes`` gives their numbers of axes."""
+    ids = id_column or next((name for name in names if name.lower() in ID_NAMES), None)
+    if ids is not None and ids not in names:
+        raise DataError(f"{path} has no {ids!r} (it has: {', '.join(names)})")
+    others = [name for name in names if name != ids]
+    matrices = [name for name in others if name.lower() in _ARRAYS] or [name for name in others if shapes[name] == 2]
+    if len(matrices) != 1:
+        raise DataError(f"{path} has {len(matrices)} arrays that could be the features (it has: {', '.join(names)}); call the one 'features'")
+    return matrices[0], ids
+
+
+def _read_npz(path: Path, id_column: str) -> Vectors:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, NotImplementedError, SyntaxError, MemoryError) as error:
+        raise DataError(f"{path} is no readable .npz file ({type(error).__name__}); objects in it are never unpickled") from None
+    except Exception as error:  # zlib.error, tokenize.TokenError and what else a damaged archive ends in
+        raise DataError(f"{path} is no readable .npz file ({type(error).__name__})") from None
+    features, ids = _pick(path, list(arrays), {name: array.ndim for name, array in arrays.items()}, id_column)
+    return Vectors(path, _id_list(path, arrays[ids]) if ids else _sidecar_ids(path), arrays[features])
+
+
+def _read_safetensors(path: Path, id_column: str) -> Vectors:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            listed = (file.metadata() or {}).get("ids")
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is no readable .safetensors file: {' '.join(str(error).split())[:100]}") from None
+    features, ids = _pick(path, list(arrays), {name: array.ndim for name, array in arrays.items()}, id_column)
+    if ids:
+        return Vectors(path, _id_list(path, arrays[ids]), arrays[features])
+    if listed is None:
+        return Vectors(path, _sidecar_ids(path), arrays[features])
+    try:
+        names = json.loads(listed)
+    except ValueError as error:
+        raise DataError(f"{path}: the ids in its metadata are no JSON list: {error}") from None
+    if not isinstance(names, list):
+        raise DataError(f"{path}: the ids in its metadata are no JSON list")
+    return Vectors(path, [id_text(path, "id", row, name) for row, name in enumerate(names, 1)], arrays[features])
+
+
+def _read_parquet(path: Path, id_column: str) -> Vectors:
+    import pyarrow
+
+    names = header(path)
+    column = find_column(path, names, id_column, ID_NAMES, "id")
+    try:
+        table = open_parquet(path).read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())[:120]}") from None
+    ids = [id_text(path, str(column), row, value) for row, value in enumerate(table[column].to_pylist(), 1)]
+    others = [name for name in names if name != column]
+    kinds = pyarrow.types
+    if len(others) == 1 and any(test(table.schema.field(others[0]).type) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)):
+        return Vectors(path, ids, _stack(path, ids, table[others[0]].to_pylist()))
+    if not others:
+        raise DataError(f"{path} has no column but the ids")
+    columns = []
+    for name in others:
+        kind = table.schema.field(name).type
+        if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)):
+            raise DataError(f"{path}: the column {name!r} holds {kind}; numbers are needed in all columns but the ids, or one column of lists")
+        columns.append(table[name].to_numpy())
+    return Vectors(path, ids, np.stack(columns, axis=1).astype(np.float64 if any(c.dtype == np.float64 for c in columns) else np.float32))
+
+
+def _stack(path: Path, ids: list[str], rows: list[list[float] | None]) -> np.ndarray:
+    width = next((len(row) for row in rows if row), 0)
+    matrix = np.full((len(rows), width), np.nan, dtype=np.float32)
+    for k, row in enumerate(rows):
+        if not row:
+            continue
+        if len(row) != width:
+            raise DataError(f"{path}: the item {ids[k][:40]!r} has {len(row)} numbers, those before have {width}")
+        try:
+            matrix[k] = np.array(row, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise DataError(f"{path}: the item {ids[k][:40]!r} has something else than numbers") from None
+    return matrix
+
+
+def _read_text(path: Path, id_column: str) -> Vectors:
+    names = header(path)
+    column = find_column(path, names, id_column, ID_NAMES, "id")
+    at = names.index(str(column))
+    if len(names) < 2:
+        raise DataError(f"{path} has no column but the ids")
+    rows = text_rows(path)
+    next(rows)
+    ids: list[str] = []
+    blocks: list[np.ndarray] = []
+    for line, row in rows:
+        name = row.pop(at).strip()
+        if not name:
+            raise DataError(f"{path}, line {line}: {column} is empty")
+        ids.append(name)
+        if not any(cell.strip() for cell in row):
+            blocks.append(np.full(len(row), np.nan, dtype=np.float32))
+            continue
+        try:
+            blocks.append(np.array(row, dtype=np.float64).astype(np.float32))
+        except ValueError:
+            wrong = next(k for k, cell in enumerate(row) if not _is_number(cell))
+            others = [name for name in names if name != column]
+            raise DataError(f"{path}, line {line}: {others[wrong]} is {row[wrong][:40]!r}; a number is needed") from None
+    if not blocks:
+        raise DataError(f"{path} has a header but no rows")
+    return Vectors(path, ids, np.stack(blocks))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,267 @@
+"""One's own tables: every format aligned by id and compared item by item, and what is refused."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ckd_fed.cli import main
+from ckd_fed.data.dataset import load_dataset
+from ckd_fed.data.draft import write_draft
+from ckd_fed.data.importers.detect import read_draft
+from ckd_fed.data.importers.own import Options, sorted_ids
+from ckd_fed.data.importers.vectors import modality_of
+from ckd_fed.errors import DataError
+
+NAMES = [f"sku-{item:02d}" for item in range(14)]
+
+
+@pytest.fixture
+def bring(tmp_path):
+    def run(*paths, dtype="", features=None, **options):
+        destination = tmp_path / "home" / "made"
+        write_draft(read_draft(list(paths), features=features, options=Options(**options)), destination, dtype=dtype, replace=True)
+        return load_dataset(destination, at_least=1)
+
+    return run
+
+
+def notes(dataset):
+    return json.loads((dataset.directory / "manifest.json").read_text())["notes"]
+
+
+def test_a_folder_of_own_tables(own, bring, same):
+    dataset = bring(own)
+    same(dataset)
+    assert json.loads((dataset.directory / "items.json").read_text()) == NAMES
+    assert notes(dataset) == []
+
+
+def write_features(path, names, matrix):
+    """One feature table in the format of its ending."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["a", "item_id", *range(1, matrix.shape[1])])
+            writer.writerows([row[0], name, *row[1:]] for name, row in zip(names, matrix.tolist(), strict=True))
+    elif path.suffix == ".npy":
+        np.save(path, matrix)
+        path.with_name(path.stem + "_ids.txt").write_text("\n".join(names) + "\n")
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, asin=np.array(names), image=matrix)
+    elif path.suffix == ".safetensors":
+        save_file({"embeddings": matrix}, path, metadata={"ids": json.dumps(names)})
+    else:
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"vector": matrix.tolist(), "id": names}), path)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".npy", ".npz", ".safetensors", ".parquet"])
+def test_every_format_of_features(own, problem, bring, same, ending):
+    (own / "image.parquet").unlink()
+    order = np.random.default_rng(1).permutation(14)
+    write_features(own / f"image_features{ending}", [NAMES[k] for k in order], problem[1]["image"][order])
+    same(bring(own))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".npy", ".npz", ".safetensors", ".parquet"])
+def test_missing_items_are_masked_and_extra_ones_dropped(own, problem, bring, ending):
+    (own / "image.parquet").unlink()
+    keep = [11, 0, 5, 7, 13, 2]
+    matrix = np.concatenate([problem[1]["image"][keep], np.full((2, 4), 9, dtype=np.float32)])
+    write_features(own / f"image{ending}", [*(NAMES[k] for k in keep), "elsewhere", "sku-99"], matrix)
+    dataset = bring(own)
+    mask = np.isin(np.arange(14), keep)
+    np.testing.assert_array_equal(dataset.masks["image"], mask)
+    np.testing.assert_array_equal(dataset.features["image"], np.where(mask[:, None], problem[1]["image"], 0))
+    assert "text" not in dataset.masks
+    assert [note.partition(": ")[2][:15] for note in notes(dataset)] == ["8 of 14 items h", "2 rows belong t"]
+
+
+def test_an_empty_vector_is_a_missing_one_but_half_a_vector_is_a_fault(own, problem, bring, refuses):
+    (own / "image.parquet").unlink()
+    rows = [[name, *row] for name, row in zip(NAMES, problem[1]["image"].tolist(), strict=True)]
+    rows[4][1:] = ["", "", "", ""]
+    write = lambda: (own / "image.csv").write_text("\n".join(",".join(map(str, row)) for row in [["item", "a", "b", "c", "d"], *rows]))  # noqa: E731
+    write()
+    np.testing.assert_array_equal(bring(own).masks["image"], np.arange(14) != 4)
+    rows[4][1:] = ["1", "nan", "2", "3"]
+    write()
+    refuses(DataError, lambda: bring(own), "image.csv", "sku-04", "column 2")
+    rows[4][1:] = ["1", "", "2", "3"]
+    write()
+    refuses(DataError, lambda: bring(own), "image.csv", "line 6", "b is ''")
+
+
+def test_integer_ids_meet_those_that_pandas_made_floats(tmp_path, problem, pairs, bring, same):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parts = ["train", "valid", "test"]
+    users, items, part = zip(*pairs, strict=True)
+    parquet.write_table(pa.table({"uid": users, "iid": list(map(float, items)), "split": [parts[k] for k in part]}), tmp_path / "log.parquet")
+    order = np.random.default_rng(2).permutation(14)
+    for modality, matrix in problem[1].items():
+        save_file({"ids": order, "features": matrix[order]}, tmp_path / f"{modality}.safetensors")
+    same(bring(tmp_path / "log.parquet", tmp_path / "image.safetensors", tmp_path / "text.safetensors"))
+
+
+def test_rows_are_ids_only_if_asked_for(tmp_path, problem, pairs, bring, same, refuses):
+    (tmp_path / "log.csv").write_text("user,item,x_label\n" + "".join(f"{u},{i},{k}\n" for u, i, k in pairs))
+    for modality, matrix in problem[1].items():
+        np.save(tmp_path / f"{modality}_feat.npy", matrix)
+    paths = [tmp_path / name for name in ("log.csv", "image_feat.npy", "text_feat.npy")]
+    refuses(DataError, lambda: bring(*paths), "image_feat.npy", "--rows-are-ids", "image_feat_ids.txt")
+    same(bring(*paths, rows_are_ids=True))
+
+
+def test_named_columns_and_modalities(own, problem, bring, same, refuses):
+    text = (own / "clicks.csv").read_text().replace("user_id,item_id,timestamp,split", "who;what;when;fold".replace(";", ","))
+    (own / "clicks.csv").write_text(text)
+    (own / "image.parquet").rename(own / "export-3.parquet")
+    refuses(DataError, lambda: bring(own), "--user-column")
+    columns = {"user_column": "who", "item_column": "what", "split_column": "fold"}
+    same(bring(own, features={"image": own / "export-3.parquet"}, **columns))
+    refuses(DataError, lambda: bring(own, features={"image": own / "export-3.parquet"}, **{**columns, "split_column": "flod"}), "did you mean 'fold'")
+
+
+def test_the_order_of_rows_carries_no_meaning(own, bring):
+    (own / "clicks.csv").write_text("\n".join(",".join(line.split(",")[:2]) for line in (own / "clicks.csv").read_text().splitlines()))
+    first = bring(own)
+    lines = (own / "clicks.csv").read_text().splitlines()
+    (own / "clicks.csv").write_text("\n".join([lines[0], *lines[:0:-1]]))
+    assert bring(own).fingerprint == first.fingerprint
+    assert bring(own, seed=124).fingerprint != first.fingerprint
+    assert [len(first.train), len(first.val), len(first.test)] == [9 * 6, 9, 9]
+
+
+def test_a_rule_goes_before_a_column_that_looks_like_a_split(own, bring, refuses):
+    dataset = bring(own, rule="leave-one-out")
+    rows = list(csv.DictReader((own / "clicks.csv").open()))
+    for user in range(9):
+        ordered = sorted((row for row in rows if row["user_id"] == f"u{user}"), key=lambda row: int(row["timestamp"]))
+        assert [NAMES[i] for i in dataset.test.items[dataset.test.indptr[user] : dataset.test.indptr[user + 1]]] == [ordered[-1]["item_id"]]
+        assert [NAMES[i] for i in dataset.val.items[dataset.val.indptr[user] : dataset.val.indptr[user + 1]]] == [ordered[-2]["item_id"]]
+    refuses(DataError, lambda: bring(own, rule="random", split_column="split"), "one of them")
+    refuses(DataError, lambda: bring(own, rule="randm"), "did you mean 'random'")
+
+
+def test_repeated_rows_keep_the_earliest_time(tmp_path, bring):
+    rows = [("a", "x", 9), ("a", "y", 2), ("a", "z", 3), ("b", "x", 1), ("b", "y", 2), ("b", "z", 3), ("a", "x", 1)]
+    (tmp_path / "log.csv").write_text("user,item,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    np.savez(tmp_path / "text.npz", ids=["x", "y", "z"], features=np.eye(3))
+    dataset = bring(tmp_path / "log.csv", tmp_path / "text.npz", rule="leave-one-out")
+    assert dataset.test.items.tolist() == [2, 2]
+    assert any("1 rows repeat" in note for note in notes(dataset))
+
+
+@pytest.mark.parametrize(("edit", "mentions"), [
+    (lambda t: t.replace("user_id,", "who,"), ["--user-column", "clicks.csv"]),
+    (lambda t: t.replace("user_id,item_id", "user_id,user"), ["--user-column"]),
+    (lambda t: t.replace(",train\n", ",training set\n", 1), ["'training set'", "line "]),
+    (lambda t: t.replace(",train\n", "\n", 1), ["3 fields, the header has 4", "line "]),
+    (lambda t: t.replace("u3,", ",", 1), ["user_id is empty", "line "]),
+    (lambda t: t.replace("1007,", "yesterday,", 1), ["timestamp is 'yesterday'", "line "]),
+    (lambda t: t.replace("1007,", "nan,", 1), ["timestamp is 'nan'"]),
+    (lambda t: t + t.splitlines()[5].rpartition(",")[0] + ("," + ("val" if t.splitlines()[5].endswith("train") else "train")), ["two parts"]),
+    (lambda t: t.splitlines()[0] + "\n", ["no rows"]),
+    (lambda t: "", ["is empty"]),
+    (lambda t: t + '"open', ["line "]),
+    (lambda t: t + "a\0b,c,1,train\n", ["line "]),
+    (lambda t: t.replace("timestamp", "user_id"), ["2 columns that could be the user"]),
+    (lambda t: t.replace(",test\n", ",train\n"), ["leaves test empty"]),
+    (lambda t: t.replace("sku-", "SKU "), ["image.parquet", "'SKU 00'", "of one kind"]),
+])  # fmt: skip
+def test_interactions_that_are_refused(own, bring, refuses, edit, mentions):
+    (own / "clicks.csv").write_text(edit((own / "clicks.csv").read_text()))
+    refuses(DataError, lambda: bring(own), *mentions)
+
+
+def test_a_table_that_is_not_utf8_names_the_line(own, bring, refuses):
+    lines = (own / "clicks.csv").read_bytes().splitlines()
+    lines[6] = b"\xfc" + lines[6]
+    (own / "clicks.csv").write_bytes(b"\n".join(lines))
+    refuses(DataError, lambda: bring(own), "clicks.csv", "line 7", "UTF-8")
+
+
+def test_an_id_twice(own, problem, bring, refuses, same):
+    matrix = problem[1]["text"]
+    np.savez(own / "text.npz", ids=[*NAMES, NAMES[3]], features=np.concatenate([matrix, matrix[3:4]]))
+    dataset = bring(own)
+    same(dataset)
+    assert any("1 rows repeat another" in note for note in notes(dataset))
+    np.savez(own / "text.npz", ids=[*NAMES, NAMES[3]], features=np.concatenate([matrix, matrix[4:5]]))
+    refuses(DataError, lambda: bring(own), "text.npz", "sku-03", "rows 4 and 15")
+
+
+def test_features_that_are_refused(own, problem, bring, refuses):
+    matrix = problem[1]["text"]
+    np.savez(own / "text.npz", ids=NAMES[:-1], features=matrix)
+    refuses(DataError, lambda: bring(own), "text.npz", "14 rows", "13 ids")
+    np.savez(own / "text.npz", ids=NAMES, features=matrix, other=matrix)
+    assert bring(own).features["text"].shape == (14, 6)  # the name 'features' decides
+    np.savez(own / "text.npz", ids=NAMES, one=matrix, other=matrix)
+    refuses(DataError, lambda: bring(own), "text.npz", "2 arrays", "'features'")
+    np.savez(own / "text.npz", ids=np.array(NAMES, dtype=object), features=matrix)
+    refuses(DataError, lambda: bring(own), "text.npz", "never unpickled")
+    np.savez(own / "text.npz", ids=NAMES, features=matrix.astype("U"))
+    refuses(DataError, lambda: bring(own), "text.npz", "matrix of numbers")
+    bad = matrix.copy()
+    bad[2, 1] = np.inf
+    np.savez(own / "text.npz", ids=NAMES, features=bad)
+    refuses(DataError, lambda: bring(own), "text.npz", "sku-02", "inf in column 2")
+    np.savez(own / "text.npz", ids=NAMES, features=np.full((14, 3), np.nan))
+    refuses(DataError, lambda: bring(own), "text.npz", "all of them are empty")
+    np.savez(own / "text.npz", ids=NAMES, features=matrix.astype(np.float64) * 1e300)
+    refuses(DataError, lambda: bring(own), "text.npz", "beyond float32")
+    (own / "text.npz").unlink()
+    (own / "image.parquet").unlink()
+    refuses(DataError, lambda: bring(own), "without features")
+
+
+def test_two_files_for_one_modality(own, bring, refuses):
+    (own / "image.csv").write_text("id,a\nsku-00,1\n")
+    refuses(DataError, lambda: bring(own), "image.csv", "image.parquet", "--features")
+
+
+@pytest.mark.parametrize(("name", "modality"), [
+    ("image_feat.npy", "image"), ("image-features.parquet", "image"), ("text.csv", "text"), ("clip_embeddings.npz", "clip"), ("feat.npy", "feat"),
+])  # fmt: skip
+def test_the_modality_of_a_file(tmp_path, name, modality):
+    assert modality_of(tmp_path / name) == modality
+
+
+def test_ids_are_numbers_only_if_all_are():
+    assert sorted_ids(["10", "9", "2", "9"]) == ["2", "9", "10"]
+    assert sorted_ids(["10", "09", "2"]) == ["09", "10", "2"]
+    assert sorted_ids(["b", "10", "9"]) == ["10", "9", "b"]
+
+
+def test_the_command(own, tmp_path, capsys, same):
+    home = tmp_path / "place"
+    main(["data", "import", str(own), "--as", "mine", "--home", str(home)])
+    out = capsys.readouterr().out
+    assert "9 users, 14 items" in out
+    assert "train 45, val 18, test 9" in out
+    assert "image: 4-d float32 from image.parquet, no item lacks it" in out
+    same(load_dataset(home / "data" / "mine"))
+    assert [path.name for path in (home / "data").iterdir()] == ["mine"]
+    for arguments, mention in (
+        (["--as", "mine"], "--replace"),
+        (["--as", "../x"], "plain name"),
+        (["--as", "b", "--seed", "-1"], "--seed is -1"),
+        (["--as", "b", "--features", "text"], "MODALITY=FILE"),
+        (["--as", "b", "--layout", "mmrec"], ".inter"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["data", "import", str(own), "--home", str(home), *arguments])
+        error = capsys.readouterr().err
+        assert mention in error
+        assert error.count("\n") == 1
+    assert [path.name for path in (home / "data").iterdir()] == ["mine"]
+    main(["data", "import", str(own), "--as", "mine", "--home", str(home), "--replace", "--dtype", "float16"])
+    same(load_dataset(home / "data" / "mine"), np.float16)
