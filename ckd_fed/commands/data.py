@@ -20,6 +20,7 @@ def add_commands(commands: Subparsers) -> None:
     home = argparse.ArgumentParser(add_help=False)
     home.add_argument("--home", default="", metavar="DIR", help="instead of $CKD_FED_HOME or ~/.ckd_fed; datasets are in its data/")
     _add_import(data, home)
+    _add_inspect(data, home)
 
 
 def data_directory(given: str) -> Path:
@@ -129,3 +130,23 @@ def print_summary(destination: Path, about: dict[str, Any]) -> None:
         print(f"  note: {note}")
     if len(about["modalities"]) < 2:
         print("  note: a student needs two modalities or more; this dataset serves a teacher")
+
+
+def _add_inspect(data: Subparsers, home: argparse.ArgumentParser) -> None:
+    command = data.add_parser("inspect", parents=[home], help="measure a dataset and say what is wrong with it")
+    command.add_argument("dataset", metavar="NAME|DIR", help="a name under the home's data/, or a folder's path with a slash in it")
+    command.add_argument("--plot", default="", metavar="FILE.png", help="also draw it")
+    command.set_defaults(action=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from ckd_fed.data.dataset import load_dataset
+    from ckd_fed.data.inspect import describe, inspect
+
+    report = inspect(load_dataset(dataset_directory(arguments.dataset, arguments.home), at_least=0))
+    print("\n".join(describe(report)))
+    if arguments.plot:
+        from ckd_fed.data.plot import plot_report
+
+        plot_report(report, Path(arguments.plot).expanduser())
+        print(f"drawn into {arguments.plot}")

@@ -1,0 +1,45 @@
+"""A picture of a dataset: degrees, lengths of feature rows, and what each modality tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ckd_fed.data.inspect import Report
+from ckd_fed.errors import DataError
+
+
+def plot_report(report: Report, path: Path) -> None:
+    """Draw a report into a file whose ending decides the format.
+
+    Raises:
+        DataError: matplotlib, an extra, is not installed, or the format is unknown to it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise DataError("a plot needs matplotlib; install it with pip install 'ckd_fed[data]'") from None
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    degrees, lengths, signal = figure.subplots(1, 3)
+    for name, degree in (("items of a user", report.user_degree), ("users of an item", report.item_degree)):
+        values, counts = np.unique(degree, return_counts=True)
+        degrees.plot(values + 1, counts, ".", label=name)
+    degrees.set(xscale="log", yscale="log", xlabel="degree + 1 (training)", ylabel="how many", title=report.dataset.name)
+    degrees.legend()
+    for name in report.modalities:
+        features, mask = np.asarray(report.dataset.features[name], dtype=np.float32), report.dataset.masks.get(name)
+        lengths.hist(np.linalg.norm(features if mask is None else features[mask], axis=1), bins=60, histtype="step", label=name)
+    lengths.set(xlabel="length of a feature row", ylabel="items", yscale="log")
+    lengths.legend()
+    measured = {name: one.signal for name, one in report.modalities.items() if one.signal is not None}
+    at = np.arange(len(measured))
+    signal.bar(at - 0.2, [one.recall for one in measured.values()], 0.4, yerr=[one.error for one in measured.values()], label="features")
+    signal.bar(at + 0.2, [one.shuffled for one in measured.values()], 0.4, label="shuffled")
+    signal.set(ylabel="recall@20 of the nearest items")
+    signal.set_xticks(at, list(measured))
+    signal.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise DataError(f"--plot {path}: {' '.join(str(error).split())}") from None
