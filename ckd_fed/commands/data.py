@@ -21,6 +21,7 @@ def add_commands(commands: Subparsers) -> None:
     home.add_argument("--home", default="", metavar="DIR", help="instead of $CKD_FED_HOME or ~/.ckd_fed; datasets are in its data/")
     _add_import(data, home)
     _add_inspect(data, home)
+    _add_silos(data, home)
 
 
 def data_directory(given: str) -> Path:
@@ -150,3 +151,25 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         plot_report(report, Path(arguments.plot).expanduser())
         print(f"drawn into {arguments.plot}")
+
+
+def _add_silos(data: Subparsers, home: argparse.ArgumentParser) -> None:
+    command = data.add_parser(
+        "split-by-modality",
+        parents=[home],
+        help="write what each node may have, one folder a node",
+        description="Write one folder a node: teacher-<modality> with the interactions and that modality, student with everything.",
+    )
+    command.add_argument("dataset", metavar="NAME|DIR", help="a name under the home's data/, or a folder's path with a slash in it")
+    command.add_argument("directory", metavar="DIR", help="folder to make")
+    command.set_defaults(action=_silos)
+
+
+def _silos(arguments: argparse.Namespace) -> None:
+    from ckd_fed.data.silos import STUDENT, split_by_modality
+
+    destination = Path(arguments.directory).expanduser().absolute()
+    for folder, files in split_by_modality(dataset_directory(arguments.dataset, arguments.home), destination).items():
+        role = 'role="student"' if folder == STUDENT else f'role="teacher" modality="{folder.partition("-")[2]}"'
+        print(f"{destination / folder}: {', '.join(files)}")
+        print(f"  flower-supernode … --node-config '{role} data-dir=\"<where this folder goes>\"'")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 from ckd_fed import __version__
 from ckd_fed.data.dataset import SPLITS, load_dataset
 from ckd_fed.data.features import features_fingerprint
+from ckd_fed.data.folder import whole_folder
 from ckd_fed.data.manifest import source_record, write_manifest
 from ckd_fed.errors import DataError
 
@@ -89,26 +87,8 @@ def write_draft(draft: Draft, destination: Path, *, dtype: str = "", replace: bo
     """
     if destination.exists() and not replace:
         raise DataError(f"{destination} exists; choose another name, or say --replace to put this dataset in its place")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        fresh = temporary / "new"
-        fresh.mkdir()
-        about = _fill(fresh, draft, dtype)
-        old = temporary / "old"
-        if destination.exists():
-            os.rename(destination, old)
-        try:
-            os.rename(fresh, destination)
-        except OSError:
-            if old.exists():
-                os.rename(old, destination)
-            raise
-    except DataError as error:  # the folder is about to go, so its name would say nothing
-        raise DataError(str(error).replace(f"{temporary / 'new'}/", "").replace(str(temporary / "new"), "the dataset")) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return about
+    with whole_folder(destination, replace=replace) as fresh:
+        return _fill(fresh, draft, dtype)
 
 
 def _fill(directory: Path, draft: Draft, dtype: str) -> dict[str, Any]:
