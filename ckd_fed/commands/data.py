@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ def add_commands(commands: Subparsers) -> None:
     home = argparse.ArgumentParser(add_help=False)
     home.add_argument("--home", default="", metavar="DIR", help="instead of $CKD_FED_HOME or ~/.ckd_fed; datasets are in its data/")
     _add_import(data, home)
+    _add_prepare(data, home)
     _add_inspect(data, home)
     _add_silos(data, home)
 
@@ -173,3 +176,64 @@ def _silos(arguments: argparse.Namespace) -> None:
         role = 'role="student"' if folder == STUDENT else f'role="teacher" modality="{folder.partition("-")[2]}"'
         print(f"{destination / folder}: {', '.join(files)}")
         print(f"  flower-supernode … --node-config '{role} data-dir=\"<where this folder goes>\"'")
+
+
+def _add_prepare(data: Subparsers, home: argparse.ArgumentParser) -> None:
+    command = data.add_parser(
+        "prepare",
+        parents=[home],
+        help="make Amazon baby, sports, clothing or beauty from the publisher's files",
+        description="From reviews_*_5.json.gz, meta_*.json.gz and image_features_*.b: ids, the 5-core check, the published split rule, image "
+        "features by ASIN, and text features of title, brand, categories and description.",
+    )
+    command.add_argument("dataset", metavar="baby|sports|clothing|beauty")
+    command.add_argument("--from", required=True, dest="directory", metavar="DIR", help="where the publisher's files are")
+    command.add_argument("--as", default="", dest="name", metavar="NAME", help="name of the dataset to make; by default its own")
+    command.add_argument(
+        "--encoder",
+        default="",
+        metavar="NAME",
+        help="of the texts: a model of sentence-transformers (the literature's is sentence-transformers/all-MiniLM-L6-v2), or module:function",
+    )
+    command.add_argument("--text-vectors", default="", metavar="FILE", help="text features computed elsewhere, with ASINs for ids")
+    command.add_argument("--split", default="random", metavar="RULE", help="random (the published rule), leave-one-out, temporal or cold-items")
+    command.add_argument("--seed", type=int, default=123, help="of the split rule (123)")
+    command.add_argument("--dtype", choices=["float16", "float32"], default="", help="of the features on disk")
+    command.add_argument("--replace", action="store_true", help="put it in the place of a dataset of that name")
+    command.set_defaults(action=_prepare)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from ckd_fed.data.draft import check_name, write_draft
+    from ckd_fed.data.prepare import prepare
+
+    name = arguments.name or arguments.dataset
+    check_name(name)
+    destination = data_directory(arguments.home) / name
+    if destination.exists() and not arguments.replace:
+        raise DataError(f"{destination} exists; choose another name, or say --replace to put this dataset in its place")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed is {arguments.seed}; a whole number from 0 is needed")
+    draft = prepare(
+        arguments.dataset,
+        Path(arguments.directory).expanduser(),
+        show_progress,
+        rule=arguments.split,
+        seed=arguments.seed,
+        encoder=arguments.encoder,
+        text_vectors=Path(arguments.text_vectors).expanduser() if arguments.text_vectors else None,
+    )
+    print_summary(destination, write_draft(draft, destination, dtype=arguments.dtype, replace=arguments.replace))
+
+
+@contextmanager
+def show_progress(path: Path) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for reading a file; the function it gives is told the bytes read so far."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(path.name, total=path.stat().st_size)
+        yield lambda done: progress.update(task, completed=done)
