@@ -22,6 +22,7 @@ def add_commands(commands: Subparsers) -> None:
     home = argparse.ArgumentParser(add_help=False)
     home.add_argument("--home", default="", metavar="DIR", help="instead of $CKD_FED_HOME or ~/.ckd_fed; datasets are in its data/")
     _add_import(data, home)
+    _add_fetch(data, home)
     _add_prepare(data, home)
     _add_inspect(data, home)
     _add_silos(data, home)
@@ -53,6 +54,13 @@ def dataset_directory(name: str, given_home: str) -> Path:
         present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) if root.is_dir() else []
         raise DataError(f"{root}: {unknown('dataset', name, present or ['none yet'])}; for a folder elsewhere give its path with a slash")
     return root / name
+
+
+def sources_directory(arguments: argparse.Namespace) -> Path:
+    """Where a publisher's files are: the folder given, else ``<home>/sources/<dataset>``."""
+    if arguments.directory:
+        return Path(arguments.directory).expanduser()
+    return data_directory(arguments.home).parent / "sources" / str(arguments.dataset)
 
 
 def _add_import(data: Subparsers, home: argparse.ArgumentParser) -> None:
@@ -187,7 +195,7 @@ def _add_prepare(data: Subparsers, home: argparse.ArgumentParser) -> None:
         "features by ASIN, and text features of title, brand, categories and description.",
     )
     command.add_argument("dataset", metavar="baby|sports|clothing|beauty")
-    command.add_argument("--from", required=True, dest="directory", metavar="DIR", help="where the publisher's files are")
+    command.add_argument("--from", default="", dest="directory", metavar="DIR", help="where the publisher's files are; by default fetch's")
     command.add_argument("--as", default="", dest="name", metavar="NAME", help="name of the dataset to make; by default its own")
     command.add_argument(
         "--encoder",
@@ -216,7 +224,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seed is {arguments.seed}; a whole number from 0 is needed")
     draft = prepare(
         arguments.dataset,
-        Path(arguments.directory).expanduser(),
+        sources_directory(arguments),
         show_progress,
         rule=arguments.split,
         seed=arguments.seed,
@@ -237,3 +245,40 @@ def show_progress(path: Path) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(path.name, total=path.stat().st_size)
         yield lambda done: progress.update(task, completed=done)
+
+
+def _add_fetch(data: Subparsers, home: argparse.ArgumentParser) -> None:
+    command = data.add_parser(
+        "fetch",
+        parents=[home],
+        help="download a dataset's files from their publisher",
+        description="Download the files named in configs/sources/NAME.yaml from their publisher; a download that was cut goes on where it ended.",
+    )
+    command.add_argument("dataset", metavar="NAME", help="baby, sports, clothing or beauty")
+    command.add_argument("--to", default="", dest="directory", metavar="DIR", help="by default the home's sources/NAME")
+    command.set_defaults(action=_fetch)
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from ckd_fed.data.fetch import fetch, read_sources
+
+    sources = read_sources(arguments.dataset)
+    directory = sources_directory(arguments)
+    for source in sources:
+        with show_download(source.name) as progress:
+            digest = fetch(source, directory, progress)
+        known = "as published" if source.sha256 else "the publisher states none to hold it against"
+        print(f"{directory / source.name}: sha256 {digest} ({known})")
+
+
+@contextmanager
+def show_download(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr for a download."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
