@@ -47,17 +47,15 @@ def encode(encoder: Encoder, name: str, texts: Sequence[str]) -> tuple[np.ndarra
     Args:
         encoder: from :func:`find_encoder`.
         name: its name, for messages.
-        texts: one an item; an item without text lacks the modality.
+        texts: one an item, some of them not empty; an item without text lacks the modality.
 
     Returns:
         Features ``(n, dimension)`` float32, zero where there is no text, and mask ``(n,)`` bool.
 
     Raises:
-        DataError: no item has a text, or the encoder gives something else than one finite vector a text.
+        DataError: the encoder gives something else than one finite vector a text.
     """
     mask = np.array([bool(text) for text in texts])
-    if not mask.any():
-        raise DataError("no item has a text; is this the metadata of these items?")
     vectors = np.asarray(encoder([text for text in texts if text]))
     if vectors.ndim != 2 or len(vectors) != mask.sum() or vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
         raise DataError(f"the encoder {name!r} gave {vectors.dtype} of shape {vectors.shape}; {int(mask.sum())} finite rows of floats are needed")

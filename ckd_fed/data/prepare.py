@@ -72,6 +72,8 @@ def prepare(
     else:
         with show(files.meta) as progress:
             texts = read_texts(files.meta, item_ids, progress)
+        if not any(texts.values()):
+            raise DataError(f"{files.meta} has no text for any of the {len(item_ids):,} items of the reviews; is it of the same category?")
         features, mask = encode(encoder_function, encoder, [texts.get(item, "") for item in item_ids])
         modalities["text"] = ModalityDraft(features, mask, files.meta.name, encoder)
         sources.append(files.meta)
