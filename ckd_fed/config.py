@@ -48,6 +48,25 @@ class DataConfig:
     dir: str = ""  # dataset folder; a node's own data-dir wins; by default <home>/data/<dataset>
     modalities: str = ""  # comma-separated; by default all that the students have
     standin: str = _one_of("auto", "always", "never", default="auto")  # auto: where the real set is not there
+    missing: str = ""  # for studies: hide a modality of a share of the items, for example "audio:0.3,text:0.1"
+
+    def __post_init__(self) -> None:
+        _ = self.hidden_shares  # raises for a value that cannot be read
+
+    @property
+    def hidden_shares(self) -> Mapping[str, float]:
+        """Modality -> share of its items to hide."""
+        shares: dict[str, float] = {}
+        for entry in filter(None, (entry.strip() for entry in self.missing.split(","))):
+            modality, _, text = entry.rpartition(":")
+            try:
+                share = float(text)
+            except ValueError:
+                share = -1.0
+            if not modality or modality in shares or not 0 <= share <= 1:
+                raise ConfigError(f"data.missing is {self.missing!r}; name each modality once with a share from 0 to 1, for example 'audio:0.3'")
+            shares[modality] = share
+        return shares
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,7 @@ SPECIAL = {
     "name": TEXT.filter(lambda name: not name.startswith(".")),
     "data.modalities": st.lists(st.sampled_from(["image", "text", "audio"]), unique=True).map(",".join),
     "training.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
+    "data.missing": st.dictionaries(st.sampled_from(["image", "text"]), st.floats(0, 1)).map(lambda d: ",".join(f"{m}:{s}" for m, s in d.items())),
     "evaluation.ks": st.sets(st.integers(1, 100)).map(lambda ks: ",".join(map(str, {20, *ks}))),
     "seed": st.integers(0, 2**63 - 1),
 }

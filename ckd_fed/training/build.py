@@ -10,6 +10,7 @@ import torch
 from ckd_fed.backbones.build import build_backbone
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, dense_features
+from ckd_fed.data.missing import hide
 from ckd_fed.data.triples import TripleStream, derive_key
 from ckd_fed.distillation.objective import DistillationObjective
 from ckd_fed.errors import ConfigError
@@ -60,6 +61,7 @@ def build_trainer(
         share: (w, W), this worker's share of the steps.
     """
     device = device or choose_device(config.training.device)
+    dataset = hide(dataset, config.data.hidden_shares, config.seed)
     features = {m: dense_features(dataset, m) for m in dataset.modalities}
     seed = derive_key("ckd-init-1", config.seed, role) & 0x7FFFFFFF
     backbone = build_backbone(config.backbone, dataset.train, features, config.model, seed=seed, device=device)
