@@ -25,6 +25,7 @@ def add_commands(commands: Subparsers) -> None:
     _add_fetch(data, home)
     _add_prepare(data, home)
     _add_inspect(data, home)
+    _add_transform(data, home)
     _add_silos(data, home)
 
 
@@ -109,20 +110,24 @@ def _import(arguments: argparse.Namespace) -> None:
         arguments.rows_are_ids,
     )
     paths = [Path(path).expanduser() for path in arguments.paths]
-    draft = read_draft(paths, layout=arguments.layout, features=_assignments(arguments.features), options=options)
+    features = {
+        modality: Path(path).expanduser() for modality, path in _assignments("--features", arguments.features, "text=vectors.parquet").items()
+    }
+    draft = read_draft(paths, layout=arguments.layout, features=features, options=options)
     about = write_draft(draft, destination, dtype=arguments.dtype, replace=arguments.replace)
     print_summary(destination, about)
 
 
-def _assignments(texts: list[str]) -> dict[str, Path]:
-    table: dict[str, Path] = {}
+def _assignments(what: str, texts: list[str], example: str) -> dict[str, str]:
+    """``MODALITY=VALUE`` arguments."""
+    table: dict[str, str] = {}
     for text in texts:
-        modality, equals, path = text.partition("=")
-        if not (equals and modality and path):
-            raise ConfigError(f"--features {text!r}: MODALITY=FILE is needed, for example text=vectors.parquet")
+        modality, equals, value = text.partition("=")
+        if not (equals and modality and value):
+            raise ConfigError(f"{what} {text!r}: MODALITY=… is needed, for example {example}")
         if modality in table:
-            raise ConfigError(f"--features names the modality {modality!r} twice")
-        table[modality] = Path(path).expanduser()
+            raise ConfigError(f"{what} names the modality {modality!r} twice")
+        table[modality] = value
     return table
 
 
@@ -136,8 +141,9 @@ def print_summary(destination: Path, about: dict[str, Any]) -> None:
     words = f": {RULE_WORDS[rule['rule']]}" if rule["rule"] in RULE_WORDS else ""
     print(f"  train {rule['train']:,}, val {rule['val']:,}, test {rule['test']:,} interactions (split: {rule['rule']}{drawn}{words})")
     for modality, one in about["modalities"].items():
+        changed = f", {one['transform']}" if "transform" in one else ""
         lacking = f", {one['missing']:,} items lack it" if one["missing"] else ", no item lacks it"
-        print(f"  {modality}: {one['dimension']}-d {one['dtype']} from {one['source']}{lacking}")
+        print(f"  {modality}: {one['dimension']}-d {one['dtype']} from {one['source']}{changed}{lacking}")
     for note in about["notes"]:
         print(f"  note: {note}")
     if len(about["modalities"]) < 2:
@@ -282,3 +288,30 @@ def show_download(name: str) -> Iterator[Callable[[int, int | None], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _add_transform(data: Subparsers, home: argparse.ArgumentParser) -> None:
+    command = data.add_parser(
+        "transform",
+        parents=[home],
+        help="make a dataset with transformed features",
+        description="Make a dataset of another with features transformed: center, z-score, row-norm, pca:N, or several joined by +. They are fitted "
+        "on the items that have the modality, and recorded in the manifest.",
+    )
+    command.add_argument("dataset", metavar="NAME|DIR", help="a name under the home's data/, or a folder's path with a slash in it")
+    command.add_argument("transforms", nargs="+", metavar="MODALITY=TRANSFORM", help="for example image=center+row-norm text=pca:64")
+    command.add_argument("--as", required=True, dest="name", metavar="NAME", help="name of the dataset to make")
+    command.add_argument("--dtype", choices=["float16", "float32"], default="", help="of the features on disk; by default as they come")
+    command.add_argument("--replace", action="store_true", help="put it in the place of a dataset of that name")
+    command.set_defaults(action=_transform)
+
+
+def _transform(arguments: argparse.Namespace) -> None:
+    from ckd_fed.data.draft import check_name, write_draft
+    from ckd_fed.data.transforms import transformed_draft
+
+    check_name(arguments.name)
+    transforms = _assignments("transform", arguments.transforms, "image=center")
+    destination = data_directory(arguments.home) / arguments.name
+    draft = transformed_draft(dataset_directory(arguments.dataset, arguments.home), transforms)
+    print_summary(destination, write_draft(draft, destination, dtype=arguments.dtype, replace=arguments.replace))

@@ -30,12 +30,14 @@ class ModalityDraft:
         mask: which items have the modality, shape ``(n_items,)`` bool; None if all have it.
         source: name of the file they come from.
         encoder: what computed them, where that is known.
+        transform: what was done to them since.
     """
 
     features: np.ndarray
     mask: np.ndarray | None = None
     source: str = ""
     encoder: str = ""
+    transform: str = ""
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Draft:
         rule: how the interactions were split, for the manifest: ``rule`` and, where something was drawn, ``seed``.
         sources: the files read.
         notes: what was left out or changed on the way, in words.
+        earlier_sources: records of files read when the dataset that this one is made from was made.
     """
 
     layout: str
@@ -60,6 +63,7 @@ class Draft:
     rule: dict[str, Any]
     sources: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    earlier_sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def check_name(name: str) -> None:
@@ -109,7 +113,7 @@ def _fill(directory: Path, draft: Draft, dtype: str) -> dict[str, Any]:
     about: dict[str, Any] = {
         "made_by": f"ckd_fed {__version__}",
         "layout": draft.layout,
-        "sources": [source_record(path) for path in draft.sources],
+        "sources": [*draft.earlier_sources, *(source_record(path) for path in draft.sources)],
         "users": dataset.n_users,
         "items": dataset.n_items,
         "split": {
@@ -123,6 +127,7 @@ def _fill(directory: Path, draft: Draft, dtype: str) -> dict[str, Any]:
                 "dtype": str(features.dtype),
                 "missing": int((~dataset.masks[modality]).sum()) if modality in dataset.masks else 0,
                 "source": draft.modalities[modality].source,
+                **({"transform": draft.modalities[modality].transform} if draft.modalities[modality].transform else {}),
                 **({"encoder": draft.modalities[modality].encoder} if draft.modalities[modality].encoder else {}),
                 "fingerprint": features_fingerprint(features),
             }

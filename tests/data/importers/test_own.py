@@ -254,7 +254,7 @@ def test_the_command(own, tmp_path, capsys, same):
         (["--as", "mine"], "--replace"),
         (["--as", "../x"], "plain name"),
         (["--as", "b", "--seed", "-1"], "--seed is -1"),
-        (["--as", "b", "--features", "text"], "MODALITY=FILE"),
+        (["--as", "b", "--features", "text"], "MODALITY=…"),
         (["--as", "b", "--layout", "mmrec"], ".inter"),
     ):
         with pytest.raises(SystemExit):
