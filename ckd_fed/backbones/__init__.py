@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 BACKBONES = {
+    "grcn": "ckd_fed.backbones.grcn:GRCN",
     "mmgcn": "ckd_fed.backbones.mmgcn:MMGCN",
     "vbpr": "ckd_fed.backbones.vbpr:VBPR",
 }
