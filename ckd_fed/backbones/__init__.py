@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 BACKBONES = {
+    "bm3": "ckd_fed.backbones.bm3:BM3",
     "grcn": "ckd_fed.backbones.grcn:GRCN",
     "mmgcn": "ckd_fed.backbones.mmgcn:MMGCN",
     "vbpr": "ckd_fed.backbones.vbpr:VBPR",
