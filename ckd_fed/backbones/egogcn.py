@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.attention import BipartiteEdges
-from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, View, bpr_loss
+from ckd_fed.backbones.base import Embeddings, RankingBatch, View, bpr_loss
+from ckd_fed.backbones.blocks import BlockBackbone
 from ckd_fed.backbones.graph import Propagation, symmetric_normalised_adjacency
 from ckd_fed.backbones.grcn import mean_squares
 from ckd_fed.data.interactions import Interactions
@@ -28,7 +29,7 @@ class Nodes(NamedTuple):
     items: Tensor
 
 
-class EgoGCN(Backbone):
+class EgoGCN(BlockBackbone):
     r"""One tower a modality, each hearing the others at its first layer; an ID tower; all concatenated.
 
     Per modality m, with n() the normalisation of rows to unit norm, phi the leaky ReLU (slope 0.01) and M modalities,
@@ -130,8 +131,8 @@ class EgoGCN(Backbone):
         gates = len(self.modalities) * (len(self.modalities) - 1) * (self.n_users + self.n_items) * self.embedding_dim**2
         return float(projections + gates)
 
-    def forward(self, views: Sequence[View]) -> Pass:
-        """Full tables. In training the preferences are projected first.
+    def blocks(self, views: Sequence[View]) -> dict[View, list[Embeddings]]:
+        """ID block, then one a modality. In training the preferences are projected first.
 
         Inputs and gates are computed at most once present and once absent; towers once a view, since each hears all modalities.
         """
@@ -144,11 +145,7 @@ class EgoGCN(Backbone):
                     inputs[modality, present] = self._input(modality, present)
         gated = {} if self.fusion == "hard" else self._gated(inputs)
         by_id = self._id_tower()
-        tables = {}
-        for view in views:
-            towers = [self.route(self.first_layer(m, view, inputs, gated)[0]) for m in self.modalities]
-            tables[view] = Embeddings(*(torch.cat(blocks, dim=1) for blocks in zip(by_id, *towers, strict=True)))
-        return Pass(tables)
+        return {view: [by_id, *(self.route(self.first_layer(m, view, inputs, gated)[0]) for m in self.modalities)] for view in views}
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
         """BPR and the regulariser (``l2``) on the batch's stored ID embeddings and normalised preferences."""
@@ -188,13 +185,13 @@ class EgoGCN(Backbone):
         by_item = edges.to_items(at_items * fuse_to_items, mixed.users) + edges.to_items(at_items * ~fuse_to_items, users)
         return Nodes(by_user, by_item), at_users, at_items
 
-    def route(self, received: Nodes) -> Nodes:
+    def route(self, received: Nodes) -> Embeddings:
         """The layers after the first, from what that one received."""
         users, items = F.normalize(received.users), F.normalize(received.items)
         for _ in range(self.n_routing):
             to_users, to_items = self.edges.attend(users, items)
             users, items = F.normalize(users + to_users), F.normalize(items + to_items)
-        return Nodes(users, items)
+        return Embeddings(users, items)
 
     def _preference(self, modality: str) -> Tensor:
         """P_m: the Parameter itself in training, where it has just been projected."""
@@ -217,10 +214,10 @@ class EgoGCN(Backbone):
             if tower != other
         }
 
-    def _id_tower(self) -> Nodes:
+    def _id_tower(self) -> Embeddings:
         x = F.normalize(self.id_embedding)
         once = self.propagate(x)
-        return Nodes(*(x + once + 2 * self.propagate(once)).split([self.n_users, self.n_items]))
+        return Embeddings(*(x + once + 2 * self.propagate(once)).split([self.n_users, self.n_items]))
 
     def _sides(self, *nodes: Nodes) -> list[tuple[list[Tensor], int]]:
         """Of users and of items: the rows of some nodes, and how many there are."""

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.attention import BipartiteEdges
-from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, Triples, View, bpr_loss
+from ckd_fed.backbones.base import Embeddings, RankingBatch, Triples, View, bpr_loss
+from ckd_fed.backbones.blocks import BlockBackbone
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, unknown
 
@@ -36,18 +37,14 @@ def mean_squares(triples: Triples, ids: Tensor, preferences: Iterable[Tensor]) -
 
 
 class Affinity(NamedTuple):
-    """One modality, present or absent: its representations, and alpha, the attention of the target of every edge.
+    """One modality, present or absent: its representations r_m, and alpha of messages to users and to items, ``(E,)`` each."""
 
-    ``users`` and ``items`` are ``(n, d)``; ``at_users`` and ``at_items`` are ``(E,)``, for messages to users and to items.
-    """
-
-    users: Tensor
-    items: Tensor
+    rows: Embeddings
     at_users: Tensor
     at_items: Tensor
 
 
-class GRCN(Backbone):
+class GRCN(BlockBackbone):
     r"""Modalities refine the graph on which the ID embeddings are propagated, and stand beside them in the end.
 
     Per modality m, with n() the normalisation of rows to unit norm and phi the leaky ReLU (slope 0.01),
@@ -141,8 +138,8 @@ class GRCN(Backbone):
     def dense_work(self) -> float:
         return float(sum(self.get_buffer(f"features_{m}").numel() for m in self.modalities) * self.embedding_dim)
 
-    def forward(self, views: Sequence[View]) -> Pass:
-        """Full tables; each modality's affinities are computed at most once present and once absent."""
+    def blocks(self, views: Sequence[View]) -> dict[View, list[Embeddings]]:
+        """ID block, then one a modality; each modality's affinities are computed at most once present and once absent."""
         affinities = {}
         for modality in self.modalities:
             if any(modality in view for view in views):
@@ -150,15 +147,13 @@ class GRCN(Backbone):
             if any(modality not in view for view in views):
                 affinities[modality, False] = self._absent(modality)
         users, items = F.normalize(self.id_embedding).split([self.n_users, self.n_items])
-        tables = {}
+        found = {}
         for view in views:
             chosen = [affinities[m, m in view] for m in self.modalities]
-            by_user, by_item = self._propagate(users, items, *self.weights(chosen))
+            found[view] = [self._propagate(users, items, *self.weights(chosen))]
             if self.fusion_mode == "concat":
-                by_user = torch.cat([by_user, *(one.users for one in chosen)], dim=1)
-                by_item = torch.cat([by_item, *(one.items for one in chosen)], dim=1)
-            tables[view] = Embeddings(by_user, by_item)
-        return Pass(tables)
+                found[view] += [one.rows for one in chosen]
+        return found
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
         """BPR and the regulariser (``l2``) on the batch's stored embeddings and preferences."""
@@ -181,11 +176,11 @@ class GRCN(Backbone):
             found.append(torch.relu(weight) if self.pruning else weight)
         return found[0], found[1]
 
-    def _propagate(self, users: Tensor, items: Tensor, to_users: Tensor, to_items: Tensor) -> tuple[Tensor, Tensor]:
+    def _propagate(self, users: Tensor, items: Tensor, to_users: Tensor, to_items: Tensor) -> Embeddings:
         """r_id: the normalised ID rows plus two layers of messages."""
         users1, items1 = self.edges.to_users(to_users, items), self.edges.to_items(to_items, users)
         users2, items2 = self.edges.to_users(to_users, items1), self.edges.to_items(to_items, users1)
-        return users + users1 + users2, items + items1 + items2
+        return Embeddings(users + users1 + users2, items + items1 + items2)
 
     def _present(self, modality: str) -> Affinity:
         edges = self.edges
@@ -196,7 +191,7 @@ class GRCN(Backbone):
             users = F.normalize(users + edges.to_users(alpha, items))
         logits = edges.similarity(users, items)
         at_users, at_items = edges.softmax_at_users(logits), edges.softmax_at_items(logits)
-        return Affinity(users + edges.to_users(at_users, items), items + edges.to_items(at_items, users), at_users, at_items)
+        return Affinity(Embeddings(users + edges.to_users(at_users, items), items + edges.to_items(at_items, users)), at_users, at_items)
 
     def _absent(self, modality: str) -> Affinity:
         """All rows of a side are equal, so a message is that row itself; users or items without edges receive none."""
@@ -209,4 +204,4 @@ class GRCN(Backbone):
         at_users, at_items = (share(torch.zeros_like(edges.zeros)) for share in (edges.softmax_at_users, edges.softmax_at_items))
         users = torch.where(edges.user_has_edges, user + item, lonely)
         items = torch.where(edges.item_has_edges, user + item, item)
-        return Affinity(users, items, at_users, at_items)
+        return Affinity(Embeddings(users, items), at_users, at_items)

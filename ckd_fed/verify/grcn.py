@@ -57,7 +57,7 @@ def check(ref: Reference) -> None:
     present = [model._present(m) for m in model.modalities]
     for modality, tower in zip(model.modalities, ("v", "t"), strict=True):
         one = present[model.modalities.index(modality)]
-        ref.check("intermediates", torch.cat([one.users, one.items]), f"mid/{tower}_rep")
+        ref.check("intermediates", torch.cat(one.rows), f"mid/{tower}_rep")
         ref.check("intermediates", both_ways(one.at_users, one.at_items), f"mid/{tower}_alpha")
     ref.check("intermediates", both_ways(*model.weights(present)), "mid/edge_weight")
     tables = model.embed([model.joint])[model.joint]
