@@ -14,6 +14,9 @@ from importlib.metadata import entry_points
 from ckd_fed.errors import ConfigError, unknown
 
 BACKBONES = {
+    "bm3": "ckd_fed.backbones.bm3:BM3",
+    "egogcn": "ckd_fed.backbones.egogcn:EgoGCN",
+    "grcn": "ckd_fed.backbones.grcn:GRCN",
     "mmgcn": "ckd_fed.backbones.mmgcn:MMGCN",
     "vbpr": "ckd_fed.backbones.vbpr:VBPR",
 }

@@ -66,3 +66,19 @@ def row_normalised_adjacency(train: Interactions) -> sp.csr_array:
     upper = sp.csr_array((ones, (train.row, train.items + n_users)), shape=(n, n))
     matrix = upper + upper.T + sp.eye_array(n)
     return (sp.diags_array(1.0 / np.asarray(matrix.sum(axis=1)).ravel()) @ matrix).tocsr()
+
+
+def symmetric_normalised_adjacency(train: Interactions, epsilon: float = 0.0) -> sp.csr_array:
+    """D^-1/2 A D^-1/2 of the bipartite graph without self loops, users first, ``(n_users + n_items)`` squared, float64.
+
+    Args:
+        train: the interactions.
+        epsilon: added to every degree, as some published models do; rows of nodes without edges are zero either way.
+    """
+    n_users, n = train.n_users, train.n_users + train.n_items
+    ones = np.ones(len(train))
+    upper = sp.csr_array((ones, (train.row, train.items + n_users)), shape=(n, n))
+    matrix = (upper + upper.T).tocsr()
+    degree = np.asarray(matrix.sum(axis=1)).ravel()
+    scale = np.where(degree > 0, degree + epsilon, 1.0) ** -0.5
+    return (sp.diags_array(scale) @ matrix @ sp.diags_array(scale)).tocsr()
