@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 BACKBONES = {
+    "freedom": "ckd_fed.backbones.freedom:FREEDOM",
     "mmgcn": "ckd_fed.backbones.mmgcn:MMGCN",
     "vbpr": "ckd_fed.backbones.vbpr:VBPR",
 }
