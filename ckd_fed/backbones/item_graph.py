@@ -171,17 +171,6 @@ def share(key: str, value: float) -> float:
     return value
 
 
-def positive(key: str, value: float) -> float:
-    """A number above 0.
-
-    Raises:
-        ConfigError: any other; ``key`` is the option's name.
-    """
-    if not value > 0:
-        raise ConfigError(f"model.{key} is {value!r}; a number above 0 is needed")
-    return value
-
-
 class ItemGraphBackbone(Backbone):
     r"""What FREEDOM, LATTICE, MICRO and MGCN share: ID embeddings, and features e_m that are trained from where they start.
 
