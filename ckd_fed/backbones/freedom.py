@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View, bpr_loss, half_squares, margin
 from ckd_fed.backbones.graph import Propagation, constant_product, light_gcn, symmetric_normalised_adjacency
-from ckd_fed.backbones.item_graph import ItemGraphBackbone, Neighbours, frozen_nearest, share
+from ckd_fed.backbones.item_graph import ItemGraphBackbone, Neighbours, frozen_nearest, share, total
 from ckd_fed.data.interactions import Interactions
 
 EPSILON = 1e-7  # added to every degree, of users and items and of the item graphs
@@ -135,7 +135,7 @@ class FREEDOM(ItemGraphBackbone):
             if key not in done:
                 done[key] = self.item_graph[m](x) if m in view else x.mean(0)
             parts.append(self.weight[m] * done[key])
-        return torch.stack(torch.broadcast_tensors(*parts, x)[:-1]).sum(0)
+        return total(parts).expand_as(x)
 
 
 class Edges(nn.Module):

@@ -65,7 +65,8 @@ def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         # A row of A @ x is a weighted bag of rows of x; that kernel is vectorised, the sparse product's is not.
         at, indices, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
-        return F.embedding_bag(indices, x.contiguous(), at, mode="sum", per_sample_weights=values, include_last_offset=True)
+        x = x.detach().contiguous()  # detached, for otherwise the kernel prepares a backward of its own
+        return F.embedding_bag(indices, x, at, mode="sum", per_sample_weights=values, include_last_offset=True)
     return matrix @ x
 
 

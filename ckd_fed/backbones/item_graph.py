@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import scipy.sparse as sp
@@ -169,6 +170,11 @@ def share(key: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise ConfigError(f"model.{key} is {value!r}; a number from 0 to 1 is needed")
     return value
+
+
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of some tensors, one after the other: a stack would copy them all first."""
+    return reduce(torch.add, tensors)
 
 
 class ItemGraphBackbone(Backbone):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View
 from ckd_fed.backbones.contrastive import checked_temperature, info_nce
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
-from ckd_fed.backbones.item_graph import ItemGraphBackbone, frozen_nearest, normalise
+from ckd_fed.backbones.item_graph import ItemGraphBackbone, frozen_nearest, normalise, total
 from ckd_fed.data.interactions import Interactions
 
 State = tuple[str, bool]  # a modality, present or absent
@@ -98,8 +98,8 @@ class MGCN(ItemGraphBackbone):
         for view in views:
             shares = torch.cat([scores[m, m in view] for m in self.modalities], 1).softmax(1).split(1, dim=1)
             contents = {m: states[m, m in view] for m in self.modalities}
-            common = torch.stack([a * contents[m] for m, a in zip(self.modalities, shares, strict=True)]).sum(0)
-            special = torch.stack([gates[m] * (contents[m] - common) for m in self.modalities]).sum(0)
+            common = total(a * contents[m] for m, a in zip(self.modalities, shares, strict=True))
+            special = total(gates[m] * (contents[m] - common) for m in self.modalities)
             side = (special + common) / (len(self.modalities) + 1)
             tables[view] = Embeddings(*self._split(behaviour + side))
             if view == self.joint:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View
 from ckd_fed.backbones.collaborative import Collaborative
 from ckd_fed.backbones.contrastive import catalogue_contrast, checked_temperature
-from ckd_fed.backbones.item_graph import ConstantGraph, ItemGraphBackbone, Neighbours, frozen_nearest, nearest, normalise, share, union
+from ckd_fed.backbones.item_graph import ConstantGraph, ItemGraphBackbone, Neighbours, frozen_nearest, nearest, normalise, share, total, union
 from ckd_fed.data.interactions import Interactions
 
 
@@ -146,4 +146,4 @@ class MICRO(ItemGraphBackbone):
         """h, ``(n_items, d)``."""
         logits = torch.cat([scores[m, m in view].expand(self.n_items, 1) for m in self.modalities], 1)  # (n_items, n_modalities)
         shares = logits.softmax(1).split(1, dim=1)
-        return torch.stack([a * states[m, m in view] for m, a in zip(self.modalities, shares, strict=True)]).sum(0)
+        return total(a * states[m, m in view] for m, a in zip(self.modalities, shares, strict=True))
