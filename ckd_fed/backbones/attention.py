@@ -9,6 +9,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
+from ckd_fed.backbones.graph import multiply
 from ckd_fed.data.interactions import Interactions
 
 
@@ -97,11 +98,11 @@ class BipartiteEdges(nn.Module):
         return torch.sparse.sampled_addmm(pattern, users.contiguous(), items.contiguous().T, beta=0.0).values()
 
     def _to_users(self, weights: Tensor, items: Tensor) -> Tensor:
-        return _product(self._csr(self.user_indptr, self.items, weights, (self.n_users, self.n_items)), items)
+        return multiply(self._csr(self.user_indptr, self.items, weights, (self.n_users, self.n_items)), items)
 
     def _to_items(self, weights: Tensor, users: Tensor) -> Tensor:
         weights = weights.index_select(0, self.by_item)
-        return _product(self._csr(self.item_indptr, self.item_users, weights, (self.n_items, self.n_users)), users)
+        return multiply(self._csr(self.item_indptr, self.item_users, weights, (self.n_items, self.n_users)), users)
 
     def _sum_at(self, at_users: bool, numbers: Tensor) -> Tensor:
         """Sum of the edges' numbers at one end, given back to every edge, ``(E,)``."""
@@ -113,12 +114,6 @@ class BipartiteEdges(nn.Module):
     @staticmethod
     def _csr(indptr: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
         return torch.sparse_csr_tensor(indptr, indices, values, size=shape, check_invariants=False)
-
-
-def _product(matrix: Tensor, x: Tensor) -> Tensor:
-    if x.device.type == "cpu":
-        return torch.sparse.mm(matrix, x.contiguous(), "sum")  # type: ignore[call-overload]
-    return matrix @ x
 
 
 class _Similarity(torch.autograd.Function):

@@ -129,6 +129,12 @@ class Backbone(nn.Module, ABC):
         """The view with one modality present."""
         return frozenset([modality])
 
+    @property
+    def diagnosed(self) -> dict[str, View]:
+        """Modality -> its ``only m`` view, of the modalities whose views are worth ranking: none where there is one modality, or where
+        scores do not depend on features."""
+        return {m: self.only(m) for m in self.modalities} if len(self.modalities) > 1 and self.scores_use_features else {}
+
     def without(self, modality: str) -> View:
         """The view with one modality absent."""
         return self.joint - {modality}

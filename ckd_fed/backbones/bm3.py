@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
-from ckd_fed.backbones.graph import Propagation, symmetric_normalised_adjacency
+from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError
 
@@ -104,11 +104,8 @@ class BM3(Backbone):
 
     def forward(self, views: Sequence[View]) -> Pass:
         """The same tables for every view; ``parts`` are h of users and items before the predictor."""
-        layer = total = torch.cat([self.user_embedding, self.item_embedding])
-        for _ in range(self.n_layers):
-            layer = self.propagate(layer)
-            total = total + layer
-        users, items = (total / (self.n_layers + 1)).split([self.n_users, self.n_items])
+        nodes = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_layers)
+        users, items = nodes.split([self.n_users, self.n_items])
         items = items + self.item_embedding
         tables = Embeddings(self.predictor(users), self.predictor(items))
         return Pass(dict.fromkeys(views, tables), {"users": users, "items": items})

@@ -59,6 +59,10 @@ class RankingMetrics:
                 self.sums[key] = self.sums.get(key, 0.0) + float(values[name].sum())
         self.n_users += n
 
+    def add(self, prefix: str, other: RankingMetrics) -> None:
+        """Put another ranking's sums over the same users beside these, their names prefixed."""
+        self.sums.update({prefix + key: value for key, value in other.sums.items()})
+
     def merge(self, sums: Mapping[str, float], n_users: int) -> None:
         """Add another worker's sums."""
         for key, value in sums.items():

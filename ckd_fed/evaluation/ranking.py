@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.interactions import Interactions
@@ -41,19 +42,37 @@ def evaluate(
     users = held_out.users[worker::workers]
     longest = min(max(ks), train.n_items)
     metrics = RankingMetrics(tuple(sorted(ks)))
-    items, device = embeddings.items.T.contiguous(), embeddings.items.device
-    block = max(1, _BLOCK_SCORES // train.n_items)
-    for start in range(0, len(users), block):
-        chunk = users[start : start + block]
-        scores = embeddings.users[torch.from_numpy(chunk).to(device)] @ items  # (b, n_items)
-        degree = train.degree[chunk]
-        first = np.repeat(train.indptr[chunk] - np.concatenate([[0], np.cumsum(degree)[:-1]]), degree)
-        seen = train.items[first + np.arange(degree.sum())]
-        row = np.repeat(np.arange(len(chunk)), degree)
-        scores[torch.from_numpy(row).to(device), torch.from_numpy(seen).to(device)] = -torch.inf
+    for chunk, seen, (scores,) in score_blocks([embeddings], train, users):
+        scores[seen] = -torch.inf
         top = scores.topk(longest, dim=1).indices.cpu().numpy()  # (b, K)
         hits = held_out.contains(chunk[:, None], top)
         if longest < max(ks):  # fewer items than K: the list ends early
             hits = np.pad(hits, ((0, 0), (0, max(ks) - longest)))
         metrics.update(hits, held_out.degree[chunk])
     return metrics
+
+
+def score_blocks(
+    tables: Sequence[Embeddings], train: Interactions, users: np.ndarray
+) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor], list[Tensor]]]:
+    """Scores of all items for some users, block by block, under one or more tables.
+
+    Yields:
+        users of the block ``(b,)``; the entries to mask, (row in the block, item) of every training item; and for every table the
+        scores ``(b, n_items)``, not masked yet.
+    """
+    device = tables[0].items.device
+    items = [table.items.T.contiguous() for table in tables]
+    block = max(1, _BLOCK_SCORES // train.n_items)
+    for start in range(0, len(users), block):
+        chunk = users[start : start + block]
+        index = torch.from_numpy(chunk).to(device)
+        yield chunk, entries(train, chunk, device), [table.users[index] @ transposed for table, transposed in zip(tables, items, strict=True)]
+
+
+def entries(interactions: Interactions, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(position in ``users``, item) of every interaction of some users."""
+    degree = interactions.degree[users]
+    first = np.repeat(interactions.indptr[users] - np.concatenate([[0], np.cumsum(degree)[:-1]]), degree)
+    row, item = np.repeat(np.arange(len(users)), degree), interactions.items[first + np.arange(degree.sum())]
+    return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)
