@@ -103,6 +103,7 @@ class TrackingConfig:
     project: str = "ckd_fed"
     group: str = ""
     tags: str = ""  # comma-separated
+    report: bool = True  # write report/report.html at the end
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from ckd_fed.config import resolve
 from ckd_fed.data.locate import standin_notice
 from ckd_fed.home import code_version, home
+from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking.console import write
 from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
@@ -55,3 +56,6 @@ def main(grid: Grid, context: Context) -> None:
     except BaseException as error:
         record.fail(f"{type(error).__name__}: {error}")
         raise
+    finally:
+        if config.tracking.report:
+            report_quietly(record.directory, write)

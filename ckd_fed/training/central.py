@@ -16,6 +16,7 @@ from ckd_fed.data.locate import open_dataset, standin_notice
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.home import home
+from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
@@ -41,6 +42,9 @@ def train(config: Config) -> RunResult:
     except BaseException as error:
         record.fail(f"{type(error).__name__}: {error}")
         raise
+    finally:
+        if config.tracking.report:
+            report_quietly(record.directory, record.write)
 
 
 def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
