@@ -41,6 +41,8 @@ def main(grid: Grid, context: Context) -> None:
         "student_workers": len(plan.students),
         "features": json.loads(plan.card.features),
         "flower_run_id": str(context.run_id),
+        "code": code_version(),
+        "nodes": plan.facts(),
     }
     record = Record(home(config) / "runs" / run, config, wandb_mirror(config, facts, write), write)
     try:

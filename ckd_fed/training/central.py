@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ckd_fed.analysis.users import rank_test_users
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.checkpoint import to_arrays
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset
+from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import open_dataset, standin_notice
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
-from ckd_fed.home import home
+from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
@@ -32,12 +34,16 @@ def train(config: Config) -> RunResult:
         CkdError: bad data or configuration, or a training that cannot go on.
     """
     dataset = open_dataset(config)
-    record = Record(
-        home(config) / "runs" / run_name(config),
-        config,
-        wandb_mirror(config, {"split": dataset.fingerprint, "standin": dataset.standin}, print),
-    )
+    facts = {
+        "modalities": list(dataset.modalities),
+        "split": dataset.fingerprint,
+        "standin": dataset.standin,
+        "features": {m: features_fingerprint(matrix) for m, matrix in dataset.features.items()},
+        "code": code_version(),
+    }
+    record = Record(home(config) / "runs" / run_name(config), config, wandb_mirror(config, facts, print))
     try:
+        record.start(dataset.describe(), **facts)
         return _train(config, dataset, record)
     except BaseException as error:
         record.fail(f"{type(error).__name__}: {error}")
@@ -49,7 +55,6 @@ def train(config: Config) -> RunResult:
 
 def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
     started = time.monotonic()
-    record.start(dataset.describe(), modalities=list(dataset.modalities), split=dataset.fingerprint)
     if dataset.standin:
         record.write(standin_notice(config))
     result = RunResult(dataset.modalities, record.directory)
@@ -58,6 +63,8 @@ def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
     teachers = {m: fits[f"teacher/{m}"][1].trainer.embeddings() for m in dataset.modalities if f"teacher/{m}" in fits}
     student = _distil(config, dataset, record, result, teachers, number)
     result.outcomes["student"] = _outcome(student)
+    models = {**{role: fit.trainer.embeddings() for role, (_, fit) in fits.items()}, "student": student.trainer.embeddings()}
+    record.users(*rank_test_users(dataset, models, config.ks))
     record.finish(result, time.monotonic() - started)
     return result
 
