@@ -63,7 +63,7 @@ def diagnosis(history: RunHistory) -> Drawing | None:
     legend_below(made, axes, columns=1)
     caption = (
         "For each modality: how well items are ranked by it alone (its teacher), and by its part of each student. "
-        "In brackets: the share of the teacher's recall that the student has learnt; under 100 % the modality is starved."
+        "In brackets: the share of the teacher's recall that the student has learnt; far under 100 % the modality is starved."
         if found.has_teachers
         else "How well items are ranked by each modality's part of the student. Without teachers there is nothing to hold it against."
     )

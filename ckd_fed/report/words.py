@@ -94,7 +94,7 @@ def _course(history: RunHistory) -> list[str]:
     taken = {name: sum(rounds.values()) for name, rounds in history.seconds_by_participant().items()}
     if len(taken) > 1:
         slowest = max(taken, key=lambda name: taken[name])
-        said.append(f"The slowest was the {slowest} with {_duration(taken[slowest])} of work.")
+        said.append(f"The slowest was the {slowest}: {_duration(taken[slowest])} in all, waiting for others on its machine included.")
     return said
 
 
