@@ -30,7 +30,16 @@ RC: dict[str, Any] = {
 }
 
 # Okabe and Ito's colours, each with dashes and a marker of its own.
-_LINES = (("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#56B4E9", (0, (5, 1, 1, 1)), "v"))
+_LINES = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "^"),
+    ("#CC79A7", ":", "D"),
+    ("#56B4E9", (0, (5, 1, 1, 1)), "v"),
+    ("#000000", (0, (3, 1)), "x"),
+    ("#E69F00", (0, (8, 2)), "P"),
+    ("#777777", (0, (1, 1)), "*"),
+)
 BARS: dict[str, dict[str, Any]] = {
     TEACHER: {"facecolor": "white", "edgecolor": "black", "hatch": "...."},
     PLAIN: {"facecolor": "#E69F00", "edgecolor": "black", "hatch": "////"},
