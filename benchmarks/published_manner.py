@@ -123,7 +123,7 @@ def main() -> None:
         )
         fit.advance()
         fit.trainer.restore(fit.best)
-        teachers[m] = fit.trainer.embeddings()
+        teachers[m] = fit.trainer.soft_scores()
         print(f"teacher {m}: best epoch {fit.stopping.best_epoch}, validation Recall@20 {fit.stopping.best:.4f}", flush=True)
 
     ours, published = (build_trainer(config, dataset, "student", distilled=True) for _ in range(2))

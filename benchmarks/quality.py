@@ -1,10 +1,14 @@
-"""Quality on real data: teachers, plain and distilled students, against what the published implementation gave.
+"""What distillation gives each backbone: teachers, plain and distilled students on real data, resumable model by model.
 
-    python benchmarks/quality.py --data DIR --dataset tiktok --seeds 123 2024 7 --rhos 0.01 0.1 1 10
+    python benchmarks/quality.py run --data DIR --dataset tiktok --backbone vbpr --seeds 123 2024 7
+    python benchmarks/quality.py table                     # from all that is there; what was not run stands there as not run
 
-trains each model to early stopping with the published hyper-parameters and appends one line to ``--results`` (JSON lines) for each.
-Models that are in that file already are not trained again, so an interrupted call goes on where it stopped, and a table is printed
-at the end from all that is there. DIR holds the dataset's folder.
+``run`` trains each model to early stopping with the published hyper-parameters and appends one line to ``--results`` (JSON lines) for
+each. A model that is in that file is not trained again, so an interrupted call goes on where it stopped, and files from several
+machines can be concatenated. DIR holds the dataset's folder. Teachers' tables are kept in ``--cache`` for the students that need them.
+
+Plain and distilled students get the same budget: ``--trials`` settings each (plain: learning rates, distilled: rho), tried on the
+first seed and chosen on validation; the other seeds run with the chosen one. ``--all`` runs every setting with every seed.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckd_fed.backbones import BACKBONES
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.checkpoint import load_checkpoint, save_checkpoint
 from ckd_fed.config import Config, resolve
@@ -29,7 +34,11 @@ from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.central import select
 
-# Test Recall@20 of the authors' implementation on these files, by seed (as far as it was run).
+Row = dict[str, Any]
+RESULTS = Path(__file__).parents[1] / "docs" / "results.jsonl"
+RATES, RHOS = (1.0, 0.5, 2.0), (1.0, 0.1, 10.0)  # in the order of trial; rates are multiples of the backbone's published learning rate
+
+# Test Recall@20 that the authors' implementation is said to give on these files, by seed (as far as it was run).
 PUBLISHED: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     ("tiktok", "vbpr"): {
         "plain": (0.0507, 0.0489, 0.0506),
@@ -56,97 +65,197 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        self.rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    def find(self, key: Mapping[str, object]) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+    def find(self, **key: object) -> list[Row]:
+        return [row for row in self.rows if all(row.get(name) == value for name, value in key.items())]
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def train(config: Config, dataset: Dataset, results: Results, model: str, teachers: Mapping[str, Embeddings]) -> Embeddings | None:
-    """Train one model unless it is there already; returns a teacher's embeddings."""
-    key = {"dataset": config.dataset, "backbone": config.backbone, "seed": config.seed, "model": model}
-    kept = results.path.with_suffix("") / f"{config.dataset}-{config.backbone}-{config.seed}-{model.replace('/', '-')}.safetensors"
-    if results.find(key) and (kept.is_file() or not model.startswith("teacher/")):
-        if not model.startswith("teacher/"):
-            return None
-        arrays, _ = load_checkpoint(kept)
-        return Embeddings(torch.from_numpy(arrays["users"]), torch.from_numpy(arrays["items"]))
-    started = time.monotonic()
-    role = model if model.startswith("teacher/") or model == "plain" else "student"
-    own = select(dataset, (model.removeprefix("teacher/"),)) if model.startswith("teacher/") else dataset
-    fit = build_fit(config, build_trainer(config, own, role, distilled=bool(teachers)))
-    dtype = DTYPES[config.distillation.margin_dtype]
+class Study:
+    """One dataset, backbone and seed: trains whichever models are asked for and not there yet."""
 
-    def sheets(steps: Sequence[StepTriples]) -> dict[str, np.ndarray]:
-        return {m: margin_sheet(embeddings, steps, dtype) for m, embeddings in teachers.items()}
+    def __init__(self, config: Config, dataset: Dataset, results: Results, cache: Path) -> None:
+        self.config, self.dataset, self.results, self.cache = config, dataset, results, cache
+        self.key = {"dataset": config.dataset, "backbone": config.backbone, "seed": config.seed}
 
-    rows = fit.advance(sheets=sheets if teachers else None)
-    at_best = next(row for row in rows if row["epoch"] == fit.stopping.best_epoch)
-    fit.trainer.restore(fit.best)
-    test = fit.trainer.diagnose(dataset.test).compute()
-    weights = {name: value for name, value in at_best.items() if name.startswith(("weight/", "effect/"))}
-    results.add(
-        {**key, "best_epoch": fit.stopping.best_epoch, "val": fit.stopping.best, "seconds": time.monotonic() - started, "test": test, **weights}
-    )
-    print(f"{config.dataset} {config.backbone} seed {config.seed} {model}: best epoch {fit.stopping.best_epoch}", end="", flush=True)
-    print(f", test Recall@20 {test['recall@20']:.4f}", flush=True)
-    if not model.startswith("teacher/"):
-        return None
-    embeddings = fit.trainer.embeddings()
-    save_checkpoint(kept, {"users": embeddings.users.numpy(), "items": embeddings.items.numpy()}, {})
-    return embeddings
+    def teachers(self) -> dict[str, Embeddings]:
+        """Modality -> its teacher's tables; trained where they are not in the cache."""
+        found = {}
+        for m in self.dataset.modalities:
+            path = self.cache / f"{'-'.join(map(str, self.key.values())).replace(':', '-')}-{m}.safetensors"
+            if not path.is_file():
+                tables = self._train(f"teacher/{m}", self.config, select(self.dataset, (m,)), {})
+                save_checkpoint(path, {"users": tables.users.cpu().numpy(), "items": tables.items.cpu().numpy()}, {})
+            arrays, _ = load_checkpoint(path)
+            found[m] = Embeddings(torch.from_numpy(arrays["users"]), torch.from_numpy(arrays["items"]))
+        return found
+
+    def plain(self, rate: float) -> Row:
+        """The plain student with a multiple of the published learning rate."""
+        model = "plain" if rate == 1 else f"plain rate x{rate:g}"
+        if not self.results.find(**self.key, model=model):
+            config = resolve(self.config.flat(), {"training.learning-rate": rate * self.config.training.learning_rate})
+            self._train(model, config, self.dataset, {})
+        return self.results.find(**self.key, model=model)[0]
+
+    def distilled(self, rho: float) -> Row:
+        """The student distilled with a weight rho."""
+        model = f"distilled rho={rho:g}"
+        if not self.results.find(**self.key, model=model):
+            self._train(model, resolve(self.config.flat(), {"distillation.rho": rho}), self.dataset, self.teachers())
+        return self.results.find(**self.key, model=model)[0]
+
+    def _train(self, model: str, config: Config, dataset: Dataset, teachers: Mapping[str, Embeddings]) -> Embeddings:
+        started = time.monotonic()
+        role = model if model.startswith("teacher/") else "student" if teachers else "plain"
+        fit = build_fit(config, build_trainer(config, dataset, role, distilled=bool(teachers)))
+        dtype = DTYPES[config.distillation.margin_dtype]
+
+        def sheets(steps: Sequence[StepTriples]) -> dict[str, np.ndarray]:
+            return {m: margin_sheet(embeddings, steps, dtype) for m, embeddings in teachers.items()}
+
+        rows = fit.advance(sheets=sheets if teachers else None)
+        at_best = next(row for row in rows if row["epoch"] == fit.stopping.best_epoch)
+        fit.trainer.restore(fit.best)
+        metrics, chosen = fit.trainer.read_out(dataset.test)
+        row = {**self.key, "model": model, "best_epoch": fit.stopping.best_epoch, "epochs": fit.epoch, "val": fit.stopping.best}
+        row.update(seconds=round(time.monotonic() - started), device=config.training.device, torch=torch.__version__)
+        row.update(test={name: round(value, 6) for name, value in metrics.compute().items() if not name.startswith("precision")})
+        row.update(readout={name: round(value, 6) for name, value in chosen.items()})
+        row.update({name: round(value, 4) for name, value in at_best.items() if name.startswith(("weight/", "effect/"))})
+        if not self.results.find(**self.key, model=model):  # a teacher trained again for its tables alone
+            self.results.add(row)
+        print(f"{' '.join(map(str, self.key.values()))} {model}: best epoch {row['best_epoch']}, ", end="")
+        print(f"test Recall@20 {metrics.compute()['recall@20']:.4f}, {row['seconds']} s", flush=True)
+        return fit.trainer.soft_scores()
 
 
-def table(results: Results, dataset: str, backbone: str) -> None:
-    """Print means over seeds beside the published ones."""
-    rows = [row for row in results.rows if row["dataset"] == dataset and row["backbone"] == backbone]
-    published: dict[str, tuple[float, ...]] = PUBLISHED.get((dataset, backbone), {})
-    print(f"\n{dataset}, {backbone}: test Recall@20\n")
-    print("| model | by seed | mean | published mean | ratio | best epoch | mean val R@20 | only-m views |\n|---|---|---|---|---|---|---|---|")
+def run(arguments: argparse.Namespace) -> None:
+    """Train what is not there yet."""
+    results = Results(arguments.results)
+    base = {"dataset": arguments.dataset, "backbone": arguments.backbone, "data.dir": str((arguments.data / arguments.dataset).resolve())}
+    rates, rhos = RATES[: arguments.trials], tuple(arguments.rhos or RHOS[: arguments.trials])
+    for seed in arguments.seeds:
+        config = resolve(base, {"seed": seed, "training.threads": arguments.threads, "training.device": arguments.device})
+        study = Study(config, open_dataset(config), results, arguments.cache)
+        study.teachers()
+        distilled = {rho: study.distilled(rho)["val"] for rho in rhos}
+        plain = {} if arguments.no_plain else {rate: study.plain(rate)["val"] for rate in rates}
+        if not arguments.all:  # chosen on validation with the first seed
+            rates, rhos = (max(plain, key=plain.__getitem__, default=1.0),), (max(distilled, key=distilled.__getitem__),)
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Print tables of all results as Markdown."""
+    results = Results(arguments.results)
+    for dataset in dict.fromkeys(row["dataset"] for row in results.rows):
+        print(f"\n## {dataset}: test Recall@20, mean ± standard deviation over seeds\n")
+        print("| backbone | teachers | plain | its best view | calibrated | distilled | its best view | calibrated | gain |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for backbone in sorted(BACKBONES):
+            print(summary(results, dataset, backbone))
+        for backbone in dict.fromkeys(row["backbone"] for row in results.rows if row["dataset"] == dataset):
+            print(details(results, dataset, backbone))
+
+
+def summary(results: Results, dataset: str, backbone: str) -> str:
+    """One backbone's row: its chosen plain student against its chosen distilled one."""
+    rows = results.find(dataset=dataset, backbone=backbone)
+    plain, distilled = chosen_rows(rows, "plain"), chosen_rows(rows, "distilled")
+    if not rows:
+        return f"| {backbone} | " + " | ".join(["not run"] * 7) + " | |"
+    teachers = sorted({row["model"] for row in rows if row["model"].startswith("teacher/")})
+    cells = [", ".join(f"{m.removeprefix('teacher/')} {spread([row['test']['recall@20'] for row in rows if row['model'] == m])}" for m in teachers)]
+    for chosen in (plain, distilled):
+        if not chosen:
+            cells += ["not run"] * 3
+            continue
+        best = [found for row in chosen if (found := best_view(row))]
+        cells.append(spread([row["test"]["recall@20"] for row in chosen]) + f" ({chosen[0]['model']})")
+        cells.append(spread([value for _, value in best]) + f" ({', '.join(sorted({name for name, _ in best}))})" if best else "")
+        cells.append(spread([row["test"]["calibrated/recall@20"] for row in chosen if "calibrated/recall@20" in row["test"]]))
+    paired = [(a, b) for a in plain for b in distilled if a["seed"] == b["seed"]]
+    gain = f"{np.mean([b['test']['recall@20'] / a['test']['recall@20'] - 1 for a, b in paired]):+.1%}" if paired else ""
+    return f"| {backbone} | {' | '.join(cells)} | {gain} |"
+
+
+def details(results: Results, dataset: str, backbone: str) -> str:
+    """Every model of one backbone, beside the published figures."""
+    rows, published = results.find(dataset=dataset, backbone=backbone), PUBLISHED.get((dataset, backbone), {})
+    lines = [f"\n### {backbone} on {dataset}, every model\n", "| model | by seed | mean | published | ratio | best epochs | val | its views |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for model in dict.fromkeys(str(row["model"]) for row in rows):
         chosen = [row for row in rows if row["model"] == model]
         recalls = [row["test"]["recall@20"] for row in chosen]
-        mean, theirs = float(np.mean(recalls)), float(np.mean(published[model])) if model in published else None
-        views = sorted({name for row in chosen for name in row["test"] if name.startswith("only/") and name.endswith("/recall@20")})
-        only = ", ".join(f"{name.split('/')[1]} {np.mean([row['test'][name] for row in chosen]):.4f}" for name in views)
+        by_seed = ", ".join(f"{row['seed']}: {recall:.4f}" for row, recall in zip(chosen, recalls, strict=True))
+        theirs = float(np.mean(published[model])) if model in published else None
+        against = f"{theirs:.4f} | {np.mean(recalls) / theirs:.2f}" if theirs else " | "
         epochs = " to ".join(str(epoch) for epoch in sorted({min(row["best_epoch"] for row in chosen), max(row["best_epoch"] for row in chosen)}))
-        by_seed = ", ".join(f"{row['seed']}: {row['test']['recall@20']:.4f}" for row in chosen)
-        against = f"{theirs:.4f} | {mean / theirs:.3f}" if theirs else "not run | "
-        print(f"| {model} | {by_seed} | {mean:.4f} | {against} | {epochs} | {np.mean([row['val'] for row in chosen]):.4f} | {only} |")
+        views = sorted({name for row in chosen for name in row["test"] if "/" in name and name.endswith("/recall@20")})
+        shown = ", ".join(
+            f"{name.removesuffix('/recall@20').replace('/', ' ')} {np.mean([row['test'][name] for row in chosen if name in row['test']]):.4f}"
+            for name in views
+        )
+        val = np.mean([row["val"] for row in chosen])
+        lines.append(f"| {model} | {by_seed} | {np.mean(recalls):.4f} | {against} | {epochs} | {val:.4f} | {shown} |")
+    return "\n".join(lines)
+
+
+def chosen_rows(rows: Sequence[Row], kind: str) -> list[Row]:
+    """The rows of the setting of a kind (plain, distilled) that is best on validation with the first seed it was tried with."""
+    of_kind = [row for row in rows if row["model"].split()[0] == kind]
+    if not of_kind:
+        return []
+    first = [row for row in of_kind if row["seed"] == of_kind[0]["seed"]]
+    model = max(first, key=lambda row: float(row["val"]))["model"]
+    return [row for row in of_kind if row["model"] == model]
+
+
+def best_view(row: Row) -> tuple[str, float] | None:
+    """The view that is best on validation, and its test Recall@20; None where no views were read out."""
+    recalls = {name.removeprefix("readout/val/"): value for name, value in row["readout"].items() if name.startswith("readout/val/")}
+    recalls.pop("calibrated", None)
+    if not recalls:
+        return None
+    name = max(recalls, key=lambda view: float(recalls[view]))
+    return name, row["test"]["recall@20" if name == "joint" else f"{name.replace(' ', '/')}/recall@20"]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation where there are several."""
+    if not values:
+        return ""
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds the dataset's folder")
-    parser.add_argument("--dataset", default="tiktok")
-    parser.add_argument("--backbone", default="vbpr")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[123, 2024, 7])
-    parser.add_argument("--rhos", type=float, nargs="*", default=[0.01, 0.1, 1.0, 10.0])
-    parser.add_argument("--no-plain", action="store_true", help="leave the plain student out")
-    parser.add_argument("--results", type=Path, default=Path("quality.jsonl"))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's default")
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run", help="train what is not there yet")
+    runner.add_argument("--data", type=Path, required=True, help="folder that holds the dataset's folder")
+    runner.add_argument("--dataset", default="tiktok")
+    runner.add_argument("--backbone", default="vbpr")
+    runner.add_argument("--seeds", type=int, nargs="+", default=[123, 2024, 7])
+    runner.add_argument("--trials", type=int, default=3, help="settings tried of plain and of distilled students, 1 to 3")
+    runner.add_argument("--rhos", type=float, nargs="+", help="these instead of the trials' rhos")
+    runner.add_argument("--all", action="store_true", help="every setting with every seed")
+    runner.add_argument("--no-plain", action="store_true", help="leave the plain students out")
+    runner.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for the default")
+    runner.add_argument("--device", default="auto")
+    runner.add_argument("--cache", type=Path, default=Path("quality-cache"), help="folder of the teachers' tables")
+    runner.set_defaults(action=run)
+    printer = commands.add_parser("table", help="print tables of all results")
+    printer.set_defaults(action=table)
+    for command in (runner, printer):
+        command.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    results = Results(arguments.results)
-    base = {"dataset": arguments.dataset, "backbone": arguments.backbone, "data.dir": str((arguments.data / arguments.dataset).resolve())}
-    for seed in arguments.seeds:
-        config = resolve(base, {"seed": seed, "training.threads": arguments.threads})
-        dataset = open_dataset(config)
-        teachers = {}
-        for m in dataset.modalities:
-            embeddings = train(config, dataset, results, f"teacher/{m}", {})
-            assert embeddings is not None
-            teachers[m] = embeddings
-        for rho in arguments.rhos:
-            train(resolve(config.flat(), {"distillation.rho": float(rho)}), dataset, results, f"distilled rho={rho:g}", teachers)
-        if not arguments.no_plain:
-            train(config, dataset, results, "plain", {})
-    table(results, arguments.dataset, arguments.backbone)
+    arguments.action(arguments)
 
 
 if __name__ == "__main__":

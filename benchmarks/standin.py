@@ -79,7 +79,7 @@ def run(config: Config, dataset: Dataset) -> Values:
     row: Values = {}
     fits = {m: train(config, select(dataset, [m]), f"teacher/{m}", m, row) for m in (WEAK, STRONG)}
     train(config, dataset, "plain", "plain", row)
-    teachers = {m: fit.trainer.embeddings() for m, fit in fits.items()}
+    teachers = {m: fit.trainer.soft_scores() for m, fit in fits.items()}
 
     def sheets(steps: Sequence[StepTriples]) -> Sheets:
         return {m: margin_sheet(teacher, steps, DTYPES[config.distillation.margin_dtype]) for m, teacher in teachers.items()}

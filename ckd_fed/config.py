@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from ckd_fed.backbones import BACKBONES
+from ckd_fed.backbones import backbone_target
 from ckd_fed.errors import ConfigError, unknown
 
 Scalar = bool | int | float | str
@@ -83,6 +83,7 @@ class EvaluationConfig:
     """``evaluation.*``."""
 
     ks: str = "10,20"  # cut-offs, comma-separated; 20 must be among them, early stopping uses Recall@20
+    calibrate: bool = False  # at the end, also rank by the sum of a student's views under weights fitted on validation
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Config:
 
     Attributes:
         dataset: name of the dataset.
-        backbone: name of the backbone.
+        backbone: name of the backbone, or ``module:Class`` for one of one's own.
         seed: decides triples and initialisation.
         plain: also train the plain student, to compare.
         recipe: name of a file in configs/recipes.
@@ -139,8 +140,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.dataset or any(mark in self.dataset for mark in "/\\") or self.dataset.startswith("."):
             raise ConfigError(f"dataset is {self.dataset!r}; a plain name such as 'baby' is needed (use data.dir for a folder elsewhere)")
-        if self.backbone not in BACKBONES:
-            raise ConfigError(unknown("backbone", self.backbone, BACKBONES))
+        backbone_target(self.backbone)  # raises for an unknown name
         if not self.name.isprintable() or any(mark in self.name for mark in "/\\") or self.name.startswith("."):
             raise ConfigError(f"name is {self.name!r}; a run's name is a plain folder name")
         ks = self.ks
@@ -236,8 +236,7 @@ def resolve(*layers: Mapping[str, Any], standin: bool = False) -> Config:
     for key in ("dataset", "backbone"):  # a recipe may choose them too, unless they are given
         if key not in given and key in recipe:
             names[key] = str(recipe[key])
-    if names["backbone"] not in BACKBONES:
-        raise ConfigError(unknown("backbone", names["backbone"], BACKBONES))
+    backbone_target(names["backbone"])
     for path in (configs_directory() / "datasets" / f"{names['dataset']}.yaml", configs_directory() / "backbones" / f"{names['backbone']}.yaml"):
         if path.is_file():
             values.update(_read_yaml(path))

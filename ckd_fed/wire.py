@@ -72,6 +72,7 @@ class NodeCard:
         features: JSON, modality -> fingerprint of its features.
         dataset: description for people.
         standin: whether its data are a stand-in.
+        counterfactual: whether the backbone's scores depend on features, so that views differ and effects mean something.
         device: where it would train.
         host: for people.
     """
@@ -89,6 +90,7 @@ class NodeCard:
     features: str
     dataset: str
     standin: bool
+    counterfactual: bool
     device: str
     host: str
 

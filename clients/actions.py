@@ -14,8 +14,10 @@ from ckd_fed.checkpoint import to_arrays, to_tensors
 from ckd_fed.data.triples import StepTriples, TripleStream, triples_hash
 from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.errors import CkdError, ReplyError, unknown
+from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.training.build import triple_stream
 from ckd_fed.training.fit import mean_values, validate
+from ckd_fed.training.trainer import Trainer, Values
 from ckd_fed.wire import Request, Stamp, margin_dtype, read_request, refusal, reply
 from clients.node import Node
 
@@ -43,12 +45,13 @@ def fit(request: Request, node: Node) -> Answer:
 
 
 def test(request: Request, node: Node) -> Answer:
-    """Test the best of a teacher (or of the plain student)."""
+    """Test the best of a teacher (or of the plain student, read out as the configuration says)."""
     model, _ = node.fit(request.stamp.run, request.stamp.role)
     if not model.best:
         raise ReplyError(f"{request.stamp.role} has no trained parameters in this node's workspace; it was lost, or belongs to another node")
     model.trainer.restore(model.best)
-    return {}, model.trainer.diagnose(model.trainer.dataset.test).compute(), {}
+    metrics, chosen = _diagnose(request, model.trainer, "test", (0, 1))
+    return {}, {**metrics.compute(), **chosen}, {}
 
 
 def score(request: Request, node: Node) -> Answer:
@@ -58,7 +61,7 @@ def score(request: Request, node: Node) -> Answer:
         raise ReplyError(f"{request.stamp.role} has no trained parameters in this node's workspace; it was lost, or belongs to another node")
     model.trainer.restore(model.best)
     stream = triple_stream(request.config, model.trainer.dataset, distillation=True)
-    teacher, dtype, workers = model.trainer.embeddings(), margin_dtype(request.config), int(request.values["workers"])
+    teacher, dtype, workers = model.trainer.soft_scores(), margin_dtype(request.config), int(request.values["workers"])
     sheets, hashes = {}, []
     for worker in range(workers):
         steps = _stretch(request, stream, (worker, workers))
@@ -100,9 +103,16 @@ def evaluate(request: Request, node: Node) -> Answer:
     worker, workers = int(request.values["worker"]), int(request.values["workers"])
     model, _ = node.fit(request.stamp.run, request.stamp.role, (worker, workers))
     model.trainer.restore(to_tensors(request.arrays, "weights/"))
-    dataset = model.trainer.dataset
-    metrics = model.trainer.diagnose({"val": dataset.val, "test": dataset.test}[str(request.values["split"])], (worker, workers))
-    return {"n-users": metrics.n_users}, {f"sum/{name}": total for name, total in metrics.sums.items()}, {}
+    metrics, chosen = _diagnose(request, model.trainer, str(request.values["split"]), (worker, workers))
+    return {"n-users": metrics.n_users}, {**{f"sum/{name}": total for name, total in metrics.sums.items()}, **chosen}, {}
+
+
+def _diagnose(request: Request, trainer: Trainer, split: str, share: tuple[int, int]) -> tuple[RankingMetrics, Values]:
+    """Metrics of every view; on test, a student's calibrated ones too if they are asked for (every worker fits the same weights)."""
+    held_out = {"val": trainer.dataset.val, "test": trainer.dataset.test}[split]
+    if split == "test" and request.config.evaluation.calibrate and not request.stamp.role.startswith("teacher/"):
+        return trainer.read_out(held_out, share)
+    return trainer.diagnose(held_out, share), {}
 
 
 ACTIONS: dict[str, Callable[[Request, Node], Answer]] = {

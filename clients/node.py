@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ckd_fed.backbones.build import backbone_class
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.features import features_fingerprint
@@ -82,6 +83,7 @@ class Node:
             features=json.dumps({m: features_fingerprint(matrix) for m, matrix in dataset.features.items()}),
             dataset=dataset.describe(),
             standin=dataset.standin,
+            counterfactual=backbone_class(self.config.backbone).scores_use_features,
             device=str(self.device),
             host=platform.node(),
         )

@@ -12,7 +12,7 @@ from ckd_fed.config import resolve
 from ckd_fed.data.locate import standin_notice
 from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
-from ckd_fed.tracking.console import write
+from ckd_fed.tracking.console import no_counterfactual_notice, write
 from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from server.enrolment import different_features, enrol
@@ -51,6 +51,8 @@ def main(grid: Grid, context: Context) -> None:
             write(standin_notice(config))
         for line in plan.describe():
             write(line)
+        if not plan.card.counterfactual:
+            write(no_counterfactual_notice(config.backbone))
         for modality in different_features(plan):
             write(f"NOTE: teacher {modality} holds other {modality} features than the student")
         result = Federation(exchange, plan, record).run()

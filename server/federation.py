@@ -61,7 +61,7 @@ class Federation:
         self.config: Config = exchange.config
         self.number = 0  # of the round, over both phases
         self.result = RunResult(plan.modalities, record.directory)
-        self.reweighting = Reweighting(tuple(plan.teachers))
+        self.reweighting = Reweighting(tuple(plan.teachers) if plan.card.counterfactual else ())
         self.steps = plan.card.n_train // self.config.training.batch_size + 1
 
     def run(self) -> RunResult:
@@ -94,8 +94,8 @@ class Federation:
             self.record.pretraining_round(self.number, reports, time.monotonic() - started, sum(reply.n_bytes for reply in replies.values()))
         replies = self.exchange.ask(self.number, [Ask(learner.node, "test", role) for role, learner in learners.items()])
         for role, learner in learners.items():
-            metrics = replies["test", role].numbers(metric_keys(self.config.ks))
-            self.result.outcomes[role] = Outcome(learner.best_epoch, learner.epoch, learner.best, metrics)
+            metrics, chosen = _split_readout(replies["test", role].numbers(metric_keys(self.config.ks)))
+            self.result.outcomes[role] = Outcome(learner.best_epoch, learner.epoch, learner.best, metrics, chosen)
 
     def _take_fit(self, reply: Reply, learner: _Learner) -> list[dict[str, float]]:
         rows = reply.rows([f"val/{METRIC}", "epoch", "loss/total", "gain"])
@@ -146,7 +146,8 @@ class Federation:
             if ahead:
                 sheets = self._take_scores(replies, epoch)
         tested = self._evaluate(best, "test")
-        self.result.outcomes["student"] = Outcome(stopping.best_epoch, epoch, stopping.best, {k.removeprefix("val/"): v for k, v in tested.items()})
+        metrics, chosen = _split_readout({name.removeprefix("val/"): value for name, value in tested.items()})
+        self.result.outcomes["student"] = Outcome(stopping.best_epoch, epoch, stopping.best, metrics, chosen)
 
     def _stretch(self, epoch: int) -> int:
         """Epochs of the round that starts at an epoch: up to the next validation, or the last epoch."""
@@ -199,9 +200,10 @@ class Federation:
         self, replies: Mapping[tuple[str, str], Reply], epoch: int, epochs: int, like: Mapping[str, np.ndarray] | None
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Check the workers' replies and merge them: weights averaged by samples, effects and weights of the modalities merged."""
-        required = ["loss/total", *(f"{kind}/{m}" for kind in ("effect", "weight", "specific", "generic") for m in self.plan.teachers)]
+        kinds = ("specific", "generic", *(("effect", "weight") if self.plan.card.counterfactual else ()))
+        required = ["loss/total", *(f"{kind}/{m}" for kind in kinds for m in self.plan.teachers)]
         if len(self.plan.students) == 1:
-            required += [f"val/{METRIC}", *(f"only/{m}/{METRIC}" for m in self.plan.modalities)]
+            required += [f"val/{METRIC}", *(f"only/{m}/{METRIC}" for m in self.plan.modalities if self.plan.card.counterfactual)]
         parameters: list[dict[str, np.ndarray]] = []
         reports: list[dict[str, float]] = []
         samples: list[int] = []
@@ -220,7 +222,11 @@ class Federation:
         return average_weights(parameters, samples), merged
 
     def _evaluate(self, weights: Mapping[str, np.ndarray], split: str) -> dict[str, float]:
-        """Rank with some weights, each worker a share of the users: ``val/<metric>`` and ``only/m/<metric>``."""
+        """Rank with some weights, each worker a share of the users.
+
+        Returns:
+            ``val/<metric>``, ``only/m/<metric>``, and with calibration on test ``calibrated/<metric>`` and ``readout/...``.
+        """
         workers = len(self.plan.students)
         arrays = {f"weights/{name}": array for name, array in weights.items()}
         asks = [
@@ -228,20 +234,28 @@ class Federation:
             for worker, node in enumerate(self.plan.students)
         ]
         replies = self.exchange.ask(self.number, asks)
-        metrics = RankingMetrics(self.config.ks)
+        metrics, chosen = RankingMetrics(self.config.ks), {}
         for ask in asks:
             reply = replies["evaluate", ask.role]
-            sums = {name.removeprefix("sum/"): value for name, value in reply.numbers([f"sum/{METRIC}"]).items()}
-            metrics.merge(sums, reply.integer("n-users"))
+            numbers = reply.numbers([f"sum/{METRIC}"])
+            metrics.merge({name.removeprefix("sum/"): value for name, value in numbers.items() if name.startswith("sum/")}, reply.integer("n-users"))
+            chosen.update({name: value for name, value in numbers.items() if name.startswith("readout/")})
         means = metrics.compute()
         for name, value in means.items():
             if not 0 <= value <= 1 + 1e-9:
                 raise ReplyError(f"{split} {name} comes to {value!r}, a share between 0 and 1 is needed")
-        return {name if name.startswith("only/") else f"val/{name}": value for name, value in means.items()}
+        return {name if "/" in name else f"val/{name}": value for name, value in means.items()} | chosen
 
     def _against_teachers(self, values: dict[str, float]) -> dict[str, float]:
         for m in self.plan.teachers:
             teacher = self.result.outcomes[f"teacher/{m}"].validation
             values[f"teacher/{m}/{METRIC}"] = teacher
-            values[f"reached/{m}"] = ratio(values[f"only/{m}/{METRIC}"], teacher)
+            if self.plan.card.counterfactual:
+                values[f"reached/{m}"] = ratio(values[f"only/{m}/{METRIC}"], teacher)
         return values
+
+
+def _split_readout(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics, and what was chosen on validation to read the model out."""
+    chosen = {name: value for name, value in numbers.items() if name.startswith("readout/")}
+    return {name: value for name, value in numbers.items() if name not in chosen}, chosen

@@ -27,7 +27,7 @@ class Reweighting:
     samples, checked and kept.
 
     Attributes:
-        modalities: that have a teacher.
+        modalities: that have a teacher; none where the backbone's scores do not depend on features.
         rounds: round number -> merged state.
     """
 

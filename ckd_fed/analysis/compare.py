@@ -85,7 +85,7 @@ def read_entry(name: str) -> Entry:
         from ckd_fed.analysis.student import load_student
 
         student = load_student(history)
-        table, _ = rank_test_users(student.dataset, {"student": student.backbone.ranking_embeddings(student.backbone.joint)}, student.config.ks)
+        table, _ = rank_test_users(student.dataset, {"student": student.tables()}, student.config.ks)
         table.save(path)
     models = sorted({key.rpartition("/")[0] for key in table.values})
     if model not in models:

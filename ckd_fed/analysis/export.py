@@ -35,12 +35,12 @@ def export(student: Student, history: RunHistory, folder: Path, k: int) -> list[
     views = {"joint": backbone.joint, **{f"only/{m}": backbone.only(m) for m in backbone.modalities}}
     arrays: dict[str, np.ndarray] = {}
     for name, view in views.items():
-        users, items = backbone.ranking_embeddings(view)
+        users, items = student.tables(view)
         arrays.update({f"{name}/users": np.ascontiguousarray(users.cpu()), f"{name}/items": np.ascontiguousarray(items.cpu())})
     facts = {"run": history.name, "dataset": student.config.dataset, "backbone": student.config.backbone, "split": student.dataset.fingerprint}
     write_atomically(folder / EMBEDDINGS, save(arrays, metadata=facts))
 
-    joint, seen = backbone.ranking_embeddings(backbone.joint), seen_items(student.dataset)
+    joint, seen = student.tables(), seen_items(student.dataset)
     lines = []
     for start in range(0, student.dataset.n_users, _USERS_AT_A_TIME):
         ids = np.arange(start, min(start + _USERS_AT_A_TIME, student.dataset.n_users))

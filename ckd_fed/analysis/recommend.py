@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ckd_fed.analysis.student import Student
-from ckd_fed.backbones.base import Embeddings, View
+from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError
@@ -58,10 +58,10 @@ def recommend(student: Student, user: int, k: int) -> list[Recommendation]:
         raise ConfigError(f"user is {user}; {dataset.name} has the users 0 to {dataset.n_users - 1:,}")
     if k < 1:
         raise ConfigError(f"k is {k}; at least one item must be asked for")
-    items = top_lists(backbone.ranking_embeddings(backbone.joint), seen_items(dataset), np.array([user]), k)[0][0]
-    joint = _margins(backbone.ranking_embeddings(backbone.joint), user, items)
-    views: dict[str, View] = {m: backbone.without(m) for m in backbone.modalities}
-    without = {m: _margins(backbone.ranking_embeddings(view), user, items) for m, view in views.items()}
+    tables = student.tables()
+    items = top_lists(tables, seen_items(dataset), np.array([user]), k)[0][0]
+    joint = _margins(tables, user, items)
+    without = {m: _margins(student.tables(backbone.without(m)), user, items) for m in backbone.modalities}
     return [
         Recommendation(int(item), float(joint[place]), {m: float(joint[place] - margins[place]) for m, margins in without.items()})
         for place, item in enumerate(items)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckd_fed.analysis.history import RunHistory
-from ckd_fed.backbones.base import Backbone
+from ckd_fed.backbones.base import Backbone, Embeddings, View
 from ckd_fed.checkpoint import load_checkpoint, to_tensors
 from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset
@@ -21,6 +21,11 @@ class Student:
     config: Config
     dataset: Dataset
     backbone: Backbone
+
+    def tables(self, view: View | None = None) -> Embeddings:
+        """Embeddings of a view, by default the joint one; inner products order a user's items as the view's scores do."""
+        view = self.backbone.joint if view is None else view
+        return self.backbone.ranking_embeddings([view])[view]
 
 
 def load_student(history: RunHistory) -> Student:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -48,11 +48,43 @@ class Triples(NamedTuple):
 
 
 @dataclass
+class Pass:
+    """One pass over the catalogue.
+
+    Attributes:
+        tables: view -> embedding tables.
+        parts: whatever else of the joint view the backbone's own losses need.
+    """
+
+    tables: dict[View, Embeddings]
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class RankingBatch:
+    """The ranking batch under the joint view, as the backbone's own losses see it.
+
+    Attributes:
+        triples: user, positive item i, negative item j.
+        margin: s(u,i) - s(u,j), ``(B,)``.
+        users, positives, negatives: rows of the joint tables, ``(B, d)`` each.
+        parts: of the :class:`Pass`.
+    """
+
+    triples: Triples
+    margin: Tensor
+    users: Tensor
+    positives: Tensor
+    negatives: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class StepOutput:
     """What one training step needs from a backbone.
 
     Attributes:
-        loss_terms: the backbone's own recommendation loss, term by term (scalars with gradient); their sum is minimised.
+        loss_terms: the backbone's own losses, term by term (scalars with gradient); their sum is minimised.
         ranking: view -> margins s(u,i) - s(u,j) of the ranking batch, ``(B,)``.
         distillation: view -> margins of the distillation batch, ``(K,)``; empty without one.
     """
@@ -65,15 +97,21 @@ class StepOutput:
 class Backbone(nn.Module, ABC):
     """Base of every backbone.
 
-    A subclass implements :meth:`embed`. It may override :meth:`step` where margins can be had without the full tables, and
-    :meth:`recommendation_loss` where the published model is trained by another loss. A teacher is the same class built from one
-    modality's features.
+    A subclass implements :meth:`forward` and :meth:`reset_parameters`. It may override :meth:`losses` where the published model is
+    trained by other losses, :meth:`start_epoch` where something is drawn or rebuilt once an epoch, and :meth:`step` where margins can
+    be had without the full tables. A teacher is the same class built from one modality's features.
+
+    Parameters are all that is trained and all that is saved; everything else is a buffer with ``persistent=False``, so a
+    ``state_dict`` (which travels to the server) never holds a feature.
 
     Args:
         train: training interactions; their shape is the number of users and items.
         features: modality -> item features ``(n_items, dimension)``; the order is the backbone's order of modalities.
         l2: weight lambda of the L2 term on the batch's joint embeddings.
     """
+
+    #: Whether scores depend on features at all. Where they do not, every view is the same and all causal effects are 0 by construction.
+    scores_use_features = True
 
     def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, l2: float) -> None:
         super().__init__()
@@ -91,6 +129,12 @@ class Backbone(nn.Module, ABC):
         """The view with one modality present."""
         return frozenset([modality])
 
+    @property
+    def diagnosed(self) -> dict[str, View]:
+        """Modality -> its ``only m`` view, of the modalities whose views are worth ranking: none where there is one modality, or where
+        scores do not depend on features."""
+        return {m: self.only(m) for m in self.modalities} if len(self.modalities) > 1 and self.scores_use_features else {}
+
     def without(self, modality: str) -> View:
         """The view with one modality absent."""
         return self.joint - {modality}
@@ -101,30 +145,40 @@ class Backbone(nn.Module, ABC):
         return math.inf
 
     @abstractmethod
-    def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:
-        """Full embedding tables of several views in one pass, with gradient."""
+    def forward(self, views: Sequence[View]) -> Pass:
+        """Embedding tables of several views in one pass that shares their common work, with gradient.
+
+        In training mode the joint view is among the views, and ``parts`` are those that :meth:`losses` reads.
+        """
 
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw every Parameter anew from torch's generator, as the published model does."""
 
-    @torch.no_grad()
-    def ranking_embeddings(self, view: View) -> Embeddings:
-        """Detached tables whose inner products order a user's items as the view's scores do (constants may be left out)."""
-        embeddings = self.embed([view])[view]
-        return Embeddings(embeddings.users.detach(), embeddings.items.detach())
-
-    def recommendation_loss(self, margin: Tensor, users: Tensor, positives: Tensor, negatives: Tensor) -> dict[str, Tensor]:
-        r"""BPR and L2 (the published objective of VBPR, MMGCN and CKD).
-
-        .. math:: \frac1B\sum -\log\sigma(d(u,i,j)) + \frac{\lambda}{2B}\sum(|u|^2 + |i|^2 + |j|^2)
+    def start_epoch(self, epoch: int, generator: torch.Generator) -> None:
+        """Called before an epoch's steps: forget or draw whatever lasts for one epoch (a pruned graph, a learned graph, dropout).
 
         Args:
-            margin: joint margins, ``(B,)``.
-            users, positives, negatives: joint embeddings of the batch, ``(B, d)`` each.
+            epoch: counts from 0.
+            generator: on the CPU, seeded by run and epoch; all of the epoch's randomness must come from it, so that an epoch is the
+                same wherever and whenever it is trained.
         """
-        squares = users.square().sum() + positives.square().sum() + negatives.square().sum()
-        return {"bpr": -F.logsigmoid(margin).mean(), "l2": self.l2 * 0.5 * squares / margin.shape[0]}
+
+    def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
+        r"""BPR and L2 (the published objective of VBPR, MMGCN and CKD), by name.
+
+        .. math:: \frac1B\sum -\log\sigma(d(u,i,j)) + \frac{\lambda}{2B}\sum(|u|^2 + |i|^2 + |j|^2)
+        """
+        return {"bpr": bpr_loss(batch.margin), "l2": self.l2 * half_squares(batch.users, batch.positives, batch.negatives)}
+
+    def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:
+        """Full embedding tables of several views in one pass, with gradient."""
+        return self(views).tables
+
+    @torch.no_grad()
+    def ranking_embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
+        """Detached tables whose inner products order a user's items as each view's scores do (constants may be left out)."""
+        return {view: Embeddings(users.detach(), items.detach()) for view, (users, items) in self.embed(views).items()}
 
     def step(
         self,
@@ -141,20 +195,59 @@ class Backbone(nn.Module, ABC):
             distillation: the distillation batch, or None.
             distillation_views: views whose distillation margins are wanted.
         """
-        views = list(dict.fromkeys([self.joint, *ranking_views, *(distillation_views if distillation is not None else ())]))
-        tables = self.embed(views)
+        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
+        distillation_views = list(distillation_views) if distillation is not None else []
+        done = self(list(dict.fromkeys([*ranking_views, *distillation_views])))
+        gather = Gather(ranking, distillation)
         output = StepOutput({}, {}, {})
-        for view in dict.fromkeys([self.joint, *ranking_views]):
-            users, first, second = _rows(tables[view], ranking)
-            output.ranking[view] = (users * (first - second)).sum(-1)
+        for view, (users, items) in done.tables.items():
+            rows = gather.split(F.embedding(gather.users, users), F.embedding(gather.items, items))
+            if view in ranking_views:
+                output.ranking[view] = margin(*rows[0])
+            if view in distillation_views:
+                output.distillation[view] = margin(*rows[1])
             if view == self.joint:
-                output.loss_terms = self.recommendation_loss(output.ranking[view], users, first, second)
-        if distillation is not None:
-            for view in distillation_views:
-                users, first, second = _rows(tables[view], distillation)
-                output.distillation[view] = (users * (first - second)).sum(-1)
+                output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[view], *rows[0], done.parts))
         return output
 
 
-def _rows(tables: Embeddings, triples: Triples) -> tuple[Tensor, Tensor, Tensor]:
-    return tables.users[triples.users], tables.items[triples.first], tables.items[triples.second]
+class Gather:
+    """Both batches of a step as one index a table: the backward of every gather fills a whole table, so there should be few.
+
+    Args:
+        ranking: the ranking batch, B triples.
+        distillation: the distillation batch, K triples, or None.
+
+    Attributes:
+        users: ``(n,)`` with n = B + K.
+        items: ``(2n,)``: first items of all batches, then second items.
+    """
+
+    def __init__(self, ranking: Triples, distillation: Triples | None) -> None:
+        batches = [ranking] if distillation is None else [ranking, distillation]
+        self._sizes = [len(batch) for batch in batches]
+        self.users = torch.cat([batch.users for batch in batches])
+        self.items = torch.cat([batch.first for batch in batches] + [batch.second for batch in batches])
+
+    def split(self, users: Tensor, items: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Gathered rows of users ``(n, d)`` and items ``(2n, d)`` by batch: (users, first items, second items)."""
+        # split, not slices: its backward is one concatenation, where every slice would fill a table of zeros
+        by_user, by_item = users.split(self._sizes), items.split(self._sizes * 2)
+        n = len(self._sizes)
+        return [(by_user[index], by_item[index], by_item[n + index]) for index in range(n)]
+
+
+def margin(users: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """s(u, first) - s(u, second) from rows ``(n, d)``, shape ``(n,)``."""
+    return (users * (first - second)).sum(-1)
+
+
+def bpr_loss(margin: Tensor) -> Tensor:
+    r"""Bayesian personalised ranking, mean of :math:`-\log\sigma(d)` over ``(B,)`` (Rendle et al. 2009, arXiv:1205.2618)."""
+    return -F.logsigmoid(margin).mean()
+
+
+def half_squares(*rows: Tensor) -> Tensor:
+    """Half the sum of squares of some ``(B, d)`` rows, divided by B: the published L2 term before its weight."""
+    squares = torch.stack([row.square().sum() for row in rows]).sum()
+    return 0.5 * squares / rows[0].shape[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
@@ -12,22 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckd_fed.backbones import BACKBONES
+from ckd_fed.backbones import backbone_target
 from ckd_fed.backbones.base import Backbone
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, DataError, unknown
 
 
-def backbone_class(name: str) -> Callable[..., Backbone]:
-    """The class behind a backbone's name.
+def backbone_class(name: str) -> type[Backbone]:
+    """The class behind a backbone's name or ``module:Class``.
 
     Raises:
-        ConfigError: unknown name; the message lists the choices.
+        ConfigError: unknown name (the message lists the choices), or a module or class that is not there or is no backbone.
     """
-    if name not in BACKBONES:
-        raise ConfigError(unknown("backbone", name, BACKBONES))
-    module, _, attribute = BACKBONES[name].partition(":")
-    found: Callable[..., Backbone] = getattr(import_module(module), attribute)
+    module, _, attribute = backbone_target(name).partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"backbone {name!r} cannot be imported: {error}; its module must be importable on every node") from None
+    if not (isinstance(found, type) and issubclass(found, Backbone)):
+        raise ConfigError(f"backbone {name!r} is {found!r}, which is no subclass of ckd_fed.backbones.base.Backbone")
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Backbone, Embeddings, View
+from ckd_fed.backbones.base import Backbone, Embeddings, Gather, Pass, RankingBatch, StepOutput, Triples, View, margin
 from ckd_fed.backbones.graph import Propagation, row_normalised_adjacency
 from ckd_fed.data.interactions import Interactions
 
@@ -41,19 +41,21 @@ class Branch(nn.Module):
         """Propagate several variants of the input at once.
 
         Args:
-            x: ``(n_users + n_items, variants, d)``, not yet normalised.
+            x: ``(n_users + n_items, variants, d)``, rows of unit norm.
             id_embedding: ``(n_users + n_items, d)``.
             propagate: multiplication by A-hat.
 
         Returns:
             ``(n_users + n_items, variants, d)``.
         """
-        x = F.normalize(x, dim=-1)
-        shared = id_embedding[:, None]
+        n, variants, dim = x.shape
+        shared = id_embedding.repeat_interleave(variants, dim=0)
+        x = x.reshape(-1, dim)
         for conv, linear, gate in zip(self.conv, self.linear, self.gate, strict=True):
-            h = F.leaky_relu(propagate(conv(x).flatten(1)).view_as(x))
-            x = F.leaky_relu(gate(h) + F.leaky_relu(linear(x)) + shared)
-        return x
+            # In place only on tensors of their own: on a view, autograd would copy the whole of it in the backward.
+            h = F.leaky_relu_(propagate(conv(x).view(n, -1))).view(-1, dim)
+            x = F.leaky_relu_(gate(h).add_(F.leaky_relu_(linear(x))).add_(shared))
+        return x.view(n, variants, dim)
 
 
 class MMGCN(Backbone):
@@ -96,30 +98,68 @@ class MMGCN(Backbone):
         for branch in self.branch.values():
             branch.reset_parameters()  # type: ignore[operator]
 
-    def branches(self, views: Sequence[View]) -> dict[tuple[str, bool], Tensor]:
-        """(modality, present) -> ``(n_users + n_items, d)``, for every combination that the views need, each computed once."""
+    def branches(self, views: Sequence[View]) -> dict[str, tuple[list[bool], Tensor]]:
+        """Every branch once, with its modality present, absent or both, as the views need.
+
+        Returns:
+            Modality -> (states, outputs), outputs of shape ``(n_users + n_items, len(states), d)`` for the states in their order, True
+            being present.
+        """
         id_embedding = torch.cat([self.user_embedding, self.item_embedding])
         found = {}
         for modality in self.modalities:
             states = [state for state in (True, False) if any((modality in view) is state for view in views)]
             variants = torch.stack([self._input(modality, state) for state in states], dim=1)
-            output = self.branch[modality](variants, id_embedding, self.propagate)
-            found.update({(modality, state): output[:, index] for index, state in enumerate(states)})
+            found[modality] = states, self.branch[modality](variants, id_embedding, self.propagate)
         return found
 
-    def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:
+    def forward(self, views: Sequence[View]) -> Pass:
         """Full tables; branches are shared by the views."""
         branches = self.branches(views)
         tables = {}
         for view in views:
-            mean = sum(branches[m, m in view] for m in self.modalities) / len(self.modalities)
-            assert isinstance(mean, Tensor)
+            mean = self._mean(view, branches)
             tables[view] = Embeddings(mean[: self.n_users], mean[self.n_users :])
-        return tables
+        return Pass(tables)
+
+    def step(
+        self,
+        ranking: Triples,
+        ranking_views: Sequence[View] = (),
+        distillation: Triples | None = None,
+        distillation_views: Sequence[View] = (),
+    ) -> StepOutput:
+        """As :meth:`Backbone.step`, but the rows of the batches are gathered from the branches and averaged, rather than whole tables."""
+        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
+        distillation_views = list(distillation_views) if distillation is not None else []
+        views = list(dict.fromkeys([*ranking_views, *distillation_views]))
+        gather = Gather(ranking, distillation)
+        index = torch.cat([gather.users, gather.items + self.n_users])  # (3n,)
+        branches = {}
+        for m, (states, outputs) in self.branches(views).items():
+            branches[m] = states, F.embedding(index, outputs.flatten(1)).view(len(index), len(states), -1)  # (3n, states, d)
+        output = StepOutput({}, {}, {})
+        for view in views:
+            mean = self._mean(view, branches)
+            rows = gather.split(mean[: len(gather.users)], mean[len(gather.users) :])
+            if view in ranking_views:
+                output.ranking[view] = margin(*rows[0])
+            if view in distillation_views:
+                output.distillation[view] = margin(*rows[1])
+            if view == self.joint:
+                output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[view], *rows[0]))
+        return output
+
+    def _mean(self, view: View, branches: Mapping[str, tuple[list[bool], Tensor]]) -> Tensor:
+        """Mean over modalities of the branch rows in the view's states, ``(n, d)``."""
+        rows = [outputs.unbind(1)[states.index(m in view)] for m, (states, outputs) in branches.items()]
+        return torch.stack(rows).mean(0) if len(rows) > 1 else rows[0]
 
     def _input(self, modality: str, present: bool) -> Tensor:
+        """What enters a branch, ``(n_users + n_items, d)``, rows of unit norm; two different rows where the modality is absent."""
         linear, preference = self.projection[modality], self.preference[modality]
         if present:
-            return torch.cat([preference, linear(self.get_buffer(f"features_{modality}"))])
+            return F.normalize(torch.cat([preference, linear(self.get_buffer(f"features_{modality}"))]), dim=-1)
         mean = linear(self.get_buffer(f"mean_features_{modality}"))
-        return torch.cat([preference.mean(0).expand(self.n_users, -1), mean.expand(self.n_items, -1)])
+        user, item = F.normalize(torch.stack([preference.mean(0), mean]), dim=-1)
+        return torch.cat([user.expand(self.n_users, -1), item.expand(self.n_items, -1)])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Backbone, Embeddings, StepOutput, Triples, View
+from ckd_fed.backbones.base import Backbone, Embeddings, Gather, Pass, RankingBatch, StepOutput, Triples, View, margin
 from ckd_fed.data.interactions import Interactions
 
 
@@ -62,7 +62,7 @@ class VBPR(Backbone):
     def dense_work(self) -> float:
         return float(sum(self.features(m).numel() for m in self.modalities) * self.embedding_dim)
 
-    def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:
+    def forward(self, views: Sequence[View]) -> Pass:
         """Full tables, absent blocks included (as the published model lays them out)."""
         blocks: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
         for modality in self.modalities:
@@ -72,22 +72,26 @@ class VBPR(Backbone):
             if any(modality not in view for view in views):
                 mean = linear(self.get_buffer(f"mean_features_{modality}"))
                 blocks[modality, False] = (preference.mean(0).expand(self.n_users, -1), mean.expand(self.n_items, -1))
-        return {
+        tables = {
             view: Embeddings(
                 torch.cat([self.user_embedding, *(blocks[m, m in view][0] for m in self.modalities)], dim=1),
                 torch.cat([self.item_embedding, *(blocks[m, m in view][1] for m in self.modalities)], dim=1),
             )
             for view in views
         }
+        return Pass(tables)
 
     @torch.no_grad()
-    def ranking_embeddings(self, view: View) -> Embeddings:
+    def ranking_embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """The ID block and the present blocks: absent ones shift all scores of a user alike."""
-        present = [m for m in self.modalities if m in view]
-        return Embeddings(
-            torch.cat([self.user_embedding, *(self.preference[m] for m in present)], dim=1),
-            torch.cat([self.item_embedding, *(self.projection[m](self.features(m)) for m in present)], dim=1),
-        )
+        items = {m: self.projection[m](self.features(m)) for m in self.modalities if any(m in view for view in views)}
+        return {
+            view: Embeddings(
+                torch.cat([self.user_embedding, *(self.preference[m] for m in items if m in view)], dim=1),
+                torch.cat([self.item_embedding, *(items[m] for m in items if m in view)], dim=1),
+            )
+            for view in views
+        }
 
     def step(
         self,
@@ -97,33 +101,28 @@ class VBPR(Backbone):
         distillation_views: Sequence[View] = (),
     ) -> StepOutput:
         """One gather per table over both batches, then block margins; see the class docstring."""
-        batches = [ranking] if distillation is None else [ranking, distillation]
-        users = torch.cat([batch.users for batch in batches])  # (n,)
-        items = torch.cat([batch.first for batch in batches] + [batch.second for batch in batches])  # (2n,)
-        sizes = [len(batch) for batch in batches]
-
-        rows: list[tuple[Tensor, Tensor, Tensor]] = []  # the ranking batch's rows, block by block
-        margins: list[dict[str | None, Tensor]] = [{} for _ in batches]  # of each batch, block by block
+        gather = Gather(ranking, distillation)
+        ranking_rows: list[tuple[Tensor, Tensor, Tensor]] = []  # the ranking batch's rows, block by block
+        margins: list[dict[str | None, Tensor]] = [{}, {}]  # of each batch, block by block
         for block in (None, *self.modalities):
-            user = F.embedding(users, self.user_embedding if block is None else self.preference[block])  # (n, d)
-            item = F.embedding(items, self.item_embedding) if block is None else self._project(block, items)  # (2n, d)
-            # split, not slices: its backward is one concatenation, where every slice would fill a table of zeros
-            by_user, by_item = user.split(sizes), item.split(sizes * 2)
-            for index, margin in enumerate(margins):
-                margin[block] = (by_user[index] * (by_item[index] - by_item[len(batches) + index])).sum(-1)
-            rows.append((by_user[0], by_item[0], by_item[len(batches)]))
+            users = F.embedding(gather.users, self.user_embedding if block is None else self.preference[block])  # (n, d)
+            items = F.embedding(gather.items, self.item_embedding) if block is None else self._project(block, gather.items)  # (2n, d)
+            rows = gather.split(users, items)
+            ranking_rows.append(rows[0])
+            for of_batch, batch in zip(margins, rows, strict=False):
+                of_batch[block] = margin(*batch)
 
-        def margin_of(view: View, blocks: dict[str | None, Tensor]) -> Tensor:
+        def of_view(view: View, blocks: dict[str | None, Tensor]) -> Tensor:
             return sum((blocks[m] for m in self.modalities if m in view), blocks[None])
 
         output = StepOutput({}, {}, {})
         for view in dict.fromkeys([self.joint, *ranking_views]):
-            output.ranking[view] = margin_of(view, margins[0])
+            output.ranking[view] = of_view(view, margins[0])
         if distillation is not None:
             for view in distillation_views:
-                output.distillation[view] = margin_of(view, margins[1])
-        users_rows, first_rows, second_rows = (torch.cat(part, dim=1) for part in zip(*rows, strict=True))
-        output.loss_terms = self.recommendation_loss(output.ranking[self.joint], users_rows, first_rows, second_rows)
+                output.distillation[view] = of_view(view, margins[1])
+        user, first, second = (torch.cat(part, dim=1) for part in zip(*ranking_rows, strict=True))
+        output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[self.joint], user, first, second))
         return output
 
     def _project(self, modality: str, items: Tensor) -> Tensor:

@@ -121,6 +121,6 @@ class PlainObjective:
     """A backbone's own loss alone: a teacher, or the plain student that distillation is compared with."""
 
     def __call__(self, backbone: Backbone, ranking: Triples) -> ObjectiveOutput:
-        """Compute one step's loss; see :meth:`Backbone.recommendation_loss`."""
+        """Compute one step's loss; see :meth:`Backbone.losses`."""
         output = backbone.step(ranking)
         return ObjectiveOutput(torch.stack(list(output.loss_terms.values())).sum(), output.loss_terms, output.ranking[backbone.joint])

@@ -42,6 +42,10 @@ class RankingMetrics:
             self.sums[key] = self.sums.get(key, 0.0) + float(values.sum())
         self.n_users += len(hits)
 
+    def add(self, prefix: str, other: RankingMetrics) -> None:
+        """Put another ranking's sums over the same users beside these, their names prefixed."""
+        self.sums.update({prefix + key: value for key, value in other.sums.items()})
+
     def merge(self, sums: Mapping[str, float], n_users: int) -> None:
         """Add another worker's sums."""
         for key, value in sums.items():

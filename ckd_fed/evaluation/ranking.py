@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.interactions import Interactions
@@ -64,14 +65,32 @@ def top_items(embeddings: Embeddings, train: Interactions, users: np.ndarray, k:
     for table in embeddings:
         if not torch.isfinite(table).all():
             raise TrainingError("the embeddings hold NaN or infinite values, so nothing can be ranked; lower training.learning-rate")
-    items, device = embeddings.items.T.contiguous(), embeddings.items.device
+    for chunk, seen, (scores,) in score_blocks([embeddings], train, users):
+        scores[seen] = -torch.inf
+        yield chunk, scores.topk(min(k, train.n_items), dim=1).indices.cpu().numpy()
+
+
+def score_blocks(
+    tables: Sequence[Embeddings], train: Interactions, users: np.ndarray
+) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor], list[Tensor]]]:
+    """Scores of all items for some users, block by block, under one or more tables.
+
+    Yields:
+        users of the block ``(b,)``; the entries to mask, (row in the block, item) of every training item; and for every table the
+        scores ``(b, n_items)``, not masked yet.
+    """
+    device = tables[0].items.device
+    items = [table.items.T.contiguous() for table in tables]
     block = max(1, _BLOCK_SCORES // train.n_items)
     for start in range(0, len(users), block):
         chunk = users[start : start + block]
-        scores = embeddings.users[torch.from_numpy(chunk).to(device)] @ items  # (b, n_items)
-        degree = train.degree[chunk]
-        first = np.repeat(train.indptr[chunk] - np.concatenate([[0], np.cumsum(degree)[:-1]]), degree)
-        seen = train.items[first + np.arange(degree.sum())]
-        row = np.repeat(np.arange(len(chunk)), degree)
-        scores[torch.from_numpy(row).to(device), torch.from_numpy(seen).to(device)] = -torch.inf
-        yield chunk, scores.topk(min(k, train.n_items), dim=1).indices.cpu().numpy()
+        index = torch.from_numpy(chunk).to(device)
+        yield chunk, entries(train, chunk, device), [table.users[index] @ transposed for table, transposed in zip(tables, items, strict=True)]
+
+
+def entries(interactions: Interactions, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(position in ``users``, item) of every interaction of some users."""
+    degree = interactions.degree[users]
+    first = np.repeat(interactions.indptr[users] - np.concatenate([[0], np.cumsum(degree)[:-1]]), degree)
+    row, item = np.repeat(np.arange(len(users)), degree), interactions.items[first + np.arange(degree.sum())]
+    return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)

@@ -27,6 +27,11 @@ class Diagnosis:
     def has_teachers(self) -> bool:
         return any(TEACHER in values for values in self.views.values())
 
+    @property
+    def has_views(self) -> bool:
+        """Whether any student's view was measured; not so where the backbone's scores do not depend on features."""
+        return any(set(values) - {TEACHER} for values in self.views.values())
+
     def bars(self, name: str) -> dict[str, float]:
         """Source -> Recall@20 of a modality, or of all together."""
         return self.views.get(name, self.joint)

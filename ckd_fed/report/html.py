@@ -107,6 +107,8 @@ def final_table(history: RunHistory) -> str:
             if view is not None:
                 cells = [_number(test.get(f"only/{m}/{name}")) for name in metrics]
                 rows.append(("view", [f"its {m} view", "", *cells, f"{view / teacher:.0%}" if teacher else ""]))
+        if f"calibrated/{METRIC}" in test:
+            rows.append(("view", ["its views, calibrated", "", *(_number(test.get(f"calibrated/{name}")) for name in metrics), ""]))
     caption = "Every model on the test set, all items ranked; NDCG is the standard one. Last column: Recall@20 over that of the modality's teacher."
     return "<h2>Final table</h2>" + table(caption, ["model", "best epoch", *labels, "of its teacher"], rows)
 

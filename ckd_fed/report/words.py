@@ -35,6 +35,9 @@ def _verdict(history: RunHistory, found: Diagnosis | None) -> str:
     if found is None or not found.has_teachers:
         test = history.tested("student").get(METRIC)
         return "A student without teachers was trained." + (f" Its Recall@20 on test is {test:.4f}." if test is not None else "")
+    if not found.has_views:
+        recalls = ", ".join(f"{value:.4f} {source}" for source, value in found.joint.items())
+        return f"This backbone's scores do not depend on features, so no single modality can be seen in its students. Recall@20 on test: {recalls}."
     plain, distilled = found.joint.get(PLAIN), found.joint.get(DISTILLED)
     starved = _starved(found, PLAIN)
     if plain is None or distilled is None:

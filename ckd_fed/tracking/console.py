@@ -19,6 +19,14 @@ def write(line: str) -> None:
     print(line, flush=True)
 
 
+def no_counterfactual_notice(backbone: str) -> str:
+    """What to say before a run of a backbone for which the counterfactual diagnosis is empty."""
+    return (
+        f"NOTE: the scores of {backbone} do not depend on features (they enter its losses only). All views rank alike and every causal effect "
+        "is 0 by construction, so all teachers weigh 1, and no effects, weights or views of single modalities are reported."
+    )
+
+
 def size(n_bytes: float) -> str:
     """Bytes for people: ``1.4 MB``."""
     for unit in ("B", "kB", "MB"):
@@ -49,6 +57,8 @@ def distillation_line(number: int, values: Values, modalities: Sequence[str]) ->
         + f" val R@20 {values['val/recall@20']:.4f}{' *' if values.get('gain') else '  '}"
     ]
     for m in modalities:
+        if f"only/{m}/recall@20" not in values:  # the backbone's scores do not depend on features
+            continue
         text = m
         if f"effect/{m}" in values:
             text += f": effect {values[f'effect/{m}']:.2f} weight {values[f'weight/{m}']:.2f}"
@@ -67,7 +77,8 @@ def final_table(result: RunResult) -> str:
     table.add_column("best epoch", justify="right")
     for name in columns:
         table.add_column(name.replace("recall", "Recall").replace("ndcg", "NDCG"), justify="right")
-    for m in result.modalities:
+    diagnosed = [m for m in result.modalities if any(f"only/{m}/recall@20" in outcome.test for outcome in result.outcomes.values())]
+    for m in diagnosed:
         table.add_column(f"reached {m}", justify="right")
     for name, outcome in result.outcomes.items():
         reached = result.reached(name)
@@ -75,14 +86,22 @@ def final_table(result: RunResult) -> str:
         if name == "student" and not any(key.startswith("teacher/") for key in result.outcomes):
             label = "student (no distillation)"
         cells = [f"{outcome.test.get(column, float('nan')):.4f}" for column in columns]
-        table.add_row(label, str(outcome.best_epoch), *cells, *(f"{reached[m]:.0%}" if m in reached else "" for m in result.modalities))
-        for m in result.modalities:
-            if f"only/{m}/recall@20" in outcome.test:
-                cells = [f"{outcome.test.get(f'only/{m}/{column}', float('nan')):.4f}" for column in columns]
-                table.add_row(f"  its {m} view", "", *cells, *("" for _ in result.modalities))
+        table.add_row(label, str(outcome.best_epoch), *cells, *(f"{reached[m]:.0%}" if m in reached else "" for m in diagnosed))
+        views = {f"only/{m}/": f"its {m} view" for m in result.modalities} | {"calibrated/": "its views, calibrated"}
+        best = outcome.best_view().replace(" ", "/") + "/"
+        for prefix, label in views.items():
+            if f"{prefix}recall@20" in outcome.test:
+                cells = [f"{outcome.test.get(prefix + column, float('nan')):.4f}" for column in columns]
+                table.add_row(f"  {label}{' *' if prefix == best else ''}", "", *cells, *("" for _ in diagnosed))
     out = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     out.print(table)
-    out.print("reached m: Recall@20 of the student's own m view over that of teacher m (100 % = all that the modality can do).", highlight=False)
+    if diagnosed:
+        out.print("reached m: Recall@20 of the student's own m view over that of teacher m (100 % = all that the modality can do).", highlight=False)
+    for name, outcome in result.outcomes.items():
+        if outcome.readout:
+            weights = {key.removeprefix("readout/weight/"): value for key, value in outcome.readout.items() if key.startswith("readout/weight/")}
+            fitted = ", ".join(f"{view} {weight:+.2f}" for view, weight in weights.items())
+            out.print(f"{name} calibrated: {fitted} (fitted on validation, where {outcome.best_view()} is the best view, *).", highlight=False)
     text = out.file
     assert isinstance(text, io.StringIO)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

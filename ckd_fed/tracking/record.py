@@ -151,4 +151,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def run_name(config: Config, suffix: str = "") -> str:
     """The configured name, or dataset-backbone-time."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return config.name or "-".join(part for part in (config.dataset, config.backbone, stamp, suffix) if part)
+    backbone = config.backbone.replace(":", "-")  # module:Class
+    return config.name or "-".join(part for part in (config.dataset, backbone, stamp, suffix) if part)

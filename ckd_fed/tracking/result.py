@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_VAL = "readout/val/"
+
 
 @dataclass
 class Outcome:
@@ -15,12 +17,21 @@ class Outcome:
         epochs: epochs trained.
         validation: the best Recall@20 on validation.
         test: metrics on test, ``only/m/...`` included for a student.
+        readout: what was chosen on validation to read a student out, see :meth:`~ckd_fed.training.trainer.Trainer.read_out`; empty
+            without ``evaluation.calibrate``.
     """
 
     best_epoch: int
     epochs: int
     validation: float
     test: dict[str, float]
+    readout: dict[str, float] = field(default_factory=dict)
+
+    def best_view(self) -> str:
+        """The view that ranks best on validation, calibration aside: ``joint`` or ``only m``; empty without a read-out."""
+        recalls = {name.removeprefix(_VAL): value for name, value in self.readout.items() if name.startswith(_VAL)}
+        recalls.pop("calibrated", None)
+        return max(recalls, key=recalls.__getitem__, default="")
 
 
 @dataclass
@@ -44,6 +55,7 @@ class RunResult:
             flat[f"final/{name}/best_epoch"] = outcome.best_epoch
             flat[f"final/{name}/val/recall@20"] = outcome.validation
             flat.update({f"final/{name}/test/{metric}": value for metric, value in outcome.test.items()})
+            flat.update({f"final/{name}/{choice}": value for choice, value in outcome.readout.items()})
         flat.update({f"final/reached/{m}": value for m, value in self.reached("student").items()})
         return flat
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ckd_fed.analysis.users import rank_test_users
 from ckd_fed.backbones.base import Embeddings
+from ckd_fed.backbones.build import backbone_class
 from ckd_fed.checkpoint import to_arrays
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset
@@ -19,12 +20,13 @@ from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
+from ckd_fed.tracking.console import no_counterfactual_notice
 from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.build import build_fit, build_trainer
-from ckd_fed.training.fit import METRIC, Fit
-from ckd_fed.training.trainer import Values
+from ckd_fed.training.fit import Fit
+from ckd_fed.training.trainer import METRIC, Values
 
 
 def train(config: Config) -> RunResult:
@@ -58,12 +60,14 @@ def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
     if dataset.standin:
         record.write(standin_notice(config))
     result = RunResult(dataset.modalities, record.directory)
+    if not backbone_class(config.backbone).scores_use_features:
+        record.write(no_counterfactual_notice(config.backbone))
     fits = _pretrain(config, dataset, record, result)
     number = max((round_number for round_number, _ in fits.values()), default=0)
-    teachers = {m: fits[f"teacher/{m}"][1].trainer.embeddings() for m in dataset.modalities if f"teacher/{m}" in fits}
+    teachers = {m: fits[f"teacher/{m}"][1].trainer.soft_scores() for m in dataset.modalities if f"teacher/{m}" in fits}
     student = _distil(config, dataset, record, result, teachers, number)
-    result.outcomes["student"] = _outcome(student)
-    models = {**{role: fit.trainer.embeddings() for role, (_, fit) in fits.items()}, "student": student.trainer.embeddings()}
+    result.outcomes["student"] = _outcome(student, calibrated=config.evaluation.calibrate)
+    models = {**{role: fit.trainer.soft_scores() for role, (_, fit) in fits.items()}, "student": student.trainer.soft_scores()}
     record.users(*rank_test_users(dataset, models, config.ks))
     record.finish(result, time.monotonic() - started)
     return result
@@ -88,7 +92,7 @@ def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResul
         record.pretraining_round(number, reports, time.monotonic() - started)
     for role, fit in fits.items():
         fit.trainer.restore(fit.best)
-        result.outcomes[role] = _outcome(fit)
+        result.outcomes[role] = _outcome(fit, calibrated=config.evaluation.calibrate and role == "plain")
     return {role: (number, fit) for role, fit in fits.items()}
 
 
@@ -125,9 +129,13 @@ def against_teachers(row: Values, result: RunResult) -> Values:
         teacher = result.outcomes.get(f"teacher/{m}")
         if teacher:
             row[f"teacher/{m}/{METRIC}"] = teacher.validation
-            row[f"reached/{m}"] = ratio(row[f"only/{m}/{METRIC}"], teacher.validation)
+            if f"only/{m}/{METRIC}" in row:
+                row[f"reached/{m}"] = ratio(row[f"only/{m}/{METRIC}"], teacher.validation)
     return row
 
 
-def _outcome(fit: Fit) -> Outcome:
-    return Outcome(fit.stopping.best_epoch, fit.epoch, fit.stopping.best, fit.trainer.diagnose(fit.trainer.dataset.test).compute())
+def _outcome(fit: Fit, *, calibrated: bool) -> Outcome:
+    """Test the best parameters, which the fit has restored."""
+    test = fit.trainer.dataset.test
+    metrics, chosen = fit.trainer.read_out(test) if calibrated else (fit.trainer.diagnose(test), {})
+    return Outcome(fit.stopping.best_epoch, fit.epoch, fit.stopping.best, metrics.compute(), chosen)

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.training.early_stopping import EarlyStopping
-from ckd_fed.training.trainer import Trainer, Values
+from ckd_fed.training.trainer import METRIC, Trainer, Values
 
 Sheets = Mapping[str, np.ndarray]
 OnValidation = Callable[[Values], None]
-
-METRIC = "recall@20"
 
 
 class Fit:

@@ -13,14 +13,16 @@ from torch import Tensor
 from ckd_fed.backbones.base import Backbone, Embeddings, Triples, View
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.interactions import Interactions
-from ckd_fed.data.triples import StepTriples, TripleStream
+from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
 from ckd_fed.distillation.margins import teacher_margins
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput, PlainObjective
 from ckd_fed.errors import TrainingError
+from ckd_fed.evaluation.calibration import calibrate, calibration_views, combine, view_name
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
 
 Values = dict[str, float]
+METRIC = "recall@20"  # that training and every choice on validation go by
 
 
 class Trainer:
@@ -73,7 +75,7 @@ class Trainer:
 
         Returns:
             Means over the steps: ``loss/total`` and its terms; with distillation, per modality m ``effect/m``, ``weight/m``,
-            ``specific/m`` and ``generic/m``.
+            ``specific/m`` and ``generic/m``; without effects and weights where scores do not depend on features.
 
         Raises:
             TrainingError: a loss is not finite.
@@ -85,6 +87,7 @@ class Trainer:
         like = next(self.backbone.parameters())
         sums: dict[str, Tensor] = {}
         self.backbone.train()
+        self.backbone.start_epoch(epoch, self._generator(epoch))
         for row, triples in enumerate(steps):
             ranking = _triples(triples.ranking, self.device)
             if self.objective is None or sheets is None:
@@ -95,32 +98,60 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
             self.optimizer.step()
-            _accumulate(sums, output)
+            _accumulate(sums, output, counterfactual=self.backbone.scores_use_features)
         values = {name: float(total) / max(1, len(steps)) for name, total in sums.items()}
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
         return values
 
+    def _generator(self, epoch: int) -> torch.Generator:
+        """The epoch's own randomness: the same for all workers and after a resume."""
+        return torch.Generator().manual_seed(derive_key("ckd-epoch-1", self.stream.seed, epoch) & 0x7FFFFFFFFFFFFFFF)
+
     def rank(self, held_out: Interactions, view: View | None = None, share: tuple[int, int] = (0, 1)) -> RankingMetrics:
         """Ranking metrics of one view, by default the joint one, over a share of the users."""
-        self.backbone.eval()
-        embeddings = self.backbone.ranking_embeddings(self.backbone.joint if view is None else view)
-        return evaluate(embeddings, self.dataset.train, held_out, self.ks, share)
+        view = self.backbone.joint if view is None else view
+        return evaluate(self.embeddings([view])[view], self.dataset.train, held_out, self.ks, share)
 
     def diagnose(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> RankingMetrics:
-        """Joint metrics by their name, and each modality's ``only m`` metrics as ``only/m/<metric>``."""
-        metrics = self.rank(held_out, share=share)
-        if len(self.backbone.modalities) > 1:
-            for modality in self.backbone.modalities:
-                only = self.rank(held_out, self.backbone.only(modality), share)
-                metrics.sums.update({f"only/{modality}/{name}": total for name, total in only.sums.items()})
+        """Joint metrics by their name, and each modality's ``only m`` metrics as ``only/m/<metric>``; one pass for all views.
+
+        A backbone whose scores do not depend on features has no ``only m`` metrics: they would be the joint ones.
+        """
+        only = self.backbone.diagnosed
+        tables = self.embeddings([self.backbone.joint, *only.values()])
+        metrics = evaluate(tables[self.backbone.joint], self.dataset.train, held_out, self.ks, share)
+        for modality, view in only.items():
+            metrics.add(f"only/{modality}/", evaluate(tables[view], self.dataset.train, held_out, self.ks, share))
         return metrics
 
-    def embeddings(self) -> Embeddings:
-        """Detached joint tables, for ranking and for margins."""
+    def read_out(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> tuple[RankingMetrics, Values]:
+        """As :meth:`diagnose`, and ranked by the calibrated sum of the views as ``calibrated/<metric>``.
+
+        Returns:
+            The metrics; and what was chosen on validation: ``readout/weight/<view>``, the fitted weights of the views (``joint``,
+            ``only m``), and ``readout/val/<view>``, the validation Recall@20 of each and of ``calibrated``.
+        """
+        backbone, train, val = self.backbone, self.dataset.train, self.dataset.val
+        metrics = self.diagnose(held_out, share)
+        tables = self.embeddings(calibration_views(backbone))
+        fit = calibrate(tables, train, val)
+        calibrated = combine(tables, fit.weights)
+        metrics.add("calibrated/", evaluate(calibrated, train, held_out, self.ks, share))
+        ranked = {view_name(backbone, view): table for view, table in tables.items()} | {"calibrated": calibrated}
+        chosen = {f"readout/weight/{name}": weight for name, weight in fit.named(backbone).items()}
+        chosen.update({f"readout/val/{name}": evaluate(table, train, val, self.ks).compute().get(METRIC, 0.0) for name, table in ranked.items()})
+        return metrics, chosen
+
+    def embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
+        """Detached tables of some views, for ranking."""
         self.backbone.eval()
-        return self.backbone.ranking_embeddings(self.backbone.joint)
+        return self.backbone.ranking_embeddings(views)
+
+    def soft_scores(self) -> Embeddings:
+        """A teacher's detached joint tables, from which its margins are taken."""
+        return self.embeddings([self.backbone.joint])[self.backbone.joint]
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of all parameters, on the CPU."""
@@ -153,18 +184,13 @@ def _triples(array: np.ndarray, device: torch.device) -> Triples:
     return Triples(*torch.from_numpy(array).long().to(device))
 
 
-def _accumulate(sums: dict[str, Tensor], output: ObjectiveOutput) -> None:
-    """Add a step's numbers, on the device and without waiting for it."""
+def _accumulate(sums: dict[str, Tensor], output: ObjectiveOutput, *, counterfactual: bool) -> None:
+    """Add a step's numbers, on the device and without waiting for it; effects and weights only where they mean anything."""
     values = {"loss/total": output.loss, **{f"loss/{name}": term for name, term in output.terms.items()}}
     for modality, part in output.modalities.items():
-        values.update(
-            {
-                f"effect/{modality}": part.effect.mean(),
-                f"weight/{modality}": part.weight.mean(),
-                f"specific/{modality}": part.specific.mean(),
-                f"generic/{modality}": part.generic,
-            }
-        )
+        values.update({f"specific/{modality}": part.specific.mean(), f"generic/{modality}": part.generic})
+        if counterfactual:
+            values.update({f"effect/{modality}": part.effect.mean(), f"weight/{modality}": part.weight.mean()})
     for name, value in values.items():
         value = value.detach().double()
         sums[name] = sums[name] + value if name in sums else value

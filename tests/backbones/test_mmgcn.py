@@ -50,15 +50,20 @@ def test_a_teacher_is_its_modalitys_branch(build):
     student, teacher = build(3), build(1)
     teacher.load_state_dict({key: value for key, value in student.state_dict().items() if key in teacher.state_dict()})
     users, items = teacher.embed([teacher.joint])[teacher.joint]
-    branch = student.branches([student.joint])["image", True]
-    torch.testing.assert_close(torch.cat([users, items]), branch, rtol=1e-12, atol=1e-12)
+    states, branch = student.branches([student.joint])["image"]
+    assert states == [True]
+    torch.testing.assert_close(torch.cat([users, items]), branch[:, 0], rtol=1e-12, atol=1e-12)
 
 
 def test_branches_are_computed_only_where_needed(build):
     model = build(3)
-    assert set(model.branches([model.joint])) == {(m, True) for m in model.modalities}
-    assert set(model.branches([model.only("text")])) == {("image", False), ("text", True), ("audio", False)}
-    assert len(model.branches([model.joint, *map(model.only, model.modalities)])) == 6
+
+    def states(views):
+        return {m: states for m, (states, _) in model.branches(views).items()}
+
+    assert states([model.joint]) == {m: [True] for m in model.modalities}
+    assert states([model.only("text")]) == {"image": [False], "text": [True], "audio": [False]}
+    assert states([model.joint, *map(model.only, model.modalities)]) == {m: [True, False] for m in model.modalities}
 
 
 def test_absent_inputs_are_one_row_for_all(build):

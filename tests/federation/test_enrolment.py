@@ -12,7 +12,8 @@ from server.enrolment import assign, different_features
 
 CARD = NodeCard(
     role="", modality="", partition=-1, partitions=0, code="0.1.0+aaaaaaaa", split="s" * 64, n_users=10, n_items=20, n_train=3000,
-    modalities="image,text", features=json.dumps({"image": "i", "text": "t"}), dataset="toy", standin=False, device="cpu", host="here",
+    modalities="image,text", features=json.dumps({"image": "i", "text": "t"}), dataset="toy",
+    standin=False, counterfactual=True, device="cpu", host="here",
 )  # fmt: skip
 
 

@@ -19,7 +19,17 @@ def write_run(tmp_path):
     """Factory: the directory of a run with the parts asked for."""
 
     def write(
-        name="run", modalities=("image", "text"), *, plain=True, distilled=True, effects=True, traffic=0.0, rounds=6, end="final", overrides=None
+        name="run",
+        modalities=("image", "text"),
+        *,
+        plain=True,
+        distilled=True,
+        effects=True,
+        views=True,
+        traffic=0.0,
+        rounds=6,
+        end="final",
+        overrides=None,
     ):
         config = resolve({"dataset": "toy", "distillation.enabled": distilled, "plain": plain, **(overrides or {})})
         record = Record(tmp_path / name, config, write=lambda line: None)
@@ -33,7 +43,7 @@ def write_run(tmp_path):
             for role, best in teachers.items():
                 row = {"epoch": 10.0 * number, "loss/total": 1 / number, "val/recall@20": best * number / 2, "gain": 1.0, "seconds": 2.0 * number}
                 if role == "plain":
-                    row.update({f"only/{m}/recall@20": STRENGTH[m] * PLAIN[m] * number / 2 for m in modalities})
+                    row.update({f"only/{m}/recall@20": STRENGTH[m] * PLAIN[m] * number / 2 for m in modalities if views})
                 reports[role] = [row]
             record.pretraining_round(number, reports, 5.0, int(traffic))
         for index in range(rounds):
@@ -47,9 +57,12 @@ def write_run(tmp_path):
                 "seconds": 1.5,
             }
             for place, m in enumerate(modalities):
-                row[f"only/{m}/recall@20"] = STRENGTH[m] * DISTILLED[m] * share
+                if views:
+                    row[f"only/{m}/recall@20"] = STRENGTH[m] * DISTILLED[m] * share
                 if distilled:
-                    row.update({f"teacher/{m}/recall@20": STRENGTH[m], f"reached/{m}": DISTILLED[m] * share})
+                    row[f"teacher/{m}/recall@20"] = STRENGTH[m]
+                if distilled and views:
+                    row[f"reached/{m}"] = DISTILLED[m] * share
                 if distilled and effects:
                     row.update({f"effect/{m}": 0.9 + 0.05 * place, f"weight/{m}": 1.1 - 0.1 * place})
             if distilled:
@@ -60,9 +73,9 @@ def write_run(tmp_path):
         if end == "final":
             outcomes = {role: Outcome(20, 30, best, {"recall@20": best, "ndcg@20": best / 2}) for role, best in teachers.items()}
             if "plain" in outcomes:
-                outcomes["plain"].test.update({f"only/{m}/recall@20": STRENGTH[m] * PLAIN[m] for m in modalities})
-            views = {f"only/{m}/recall@20": STRENGTH[m] * DISTILLED[m] for m in modalities}
-            outcomes["student"] = Outcome(30, 40, 0.4, {"recall@20": 0.41, "ndcg@20": 0.2, **views})
+                outcomes["plain"].test.update({f"only/{m}/recall@20": STRENGTH[m] * PLAIN[m] for m in modalities if views})
+            only = {f"only/{m}/recall@20": STRENGTH[m] * DISTILLED[m] for m in modalities if views}
+            outcomes["student"] = Outcome(30, 40, 0.4, {"recall@20": 0.41, "ndcg@20": 0.2, **only})
             record.finish(RunResult(tuple(modalities), record.directory, outcomes), 33.0)
         elif end:
             record.fail(end)

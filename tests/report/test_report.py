@@ -28,6 +28,7 @@ KINDS = {
     "no plain student": ({"plain": False}, ALL),
     "no distillation": ({"distilled": False}, ALL - {"imbalance", "effects"}),
     "no effects": ({"effects": False}, ALL - {"effects"}),
+    "scores without features": ({"effects": False, "views": False}, ALL - {"imbalance", "effects"}),
     "failed while distilling": ({"end": "OSError: no space left on device"}, ALL),
     "failed at once": ({"end": "TrainingError: nan", "rounds": 0}, set()),
     "still going on": ({"end": ""}, ALL),
@@ -139,6 +140,9 @@ def test_the_verdict_names_the_starved_and_whether_they_were_cured(write_run):
     three = describe(read_history(write_run("three", ("image", "text", "audio"))))
     assert "starves image and audio" in three.verdict
     assert "helped, but audio is still behind its teacher" in three.verdict
+    without = describe(read_history(write_run("without", effects=False, views=False))).verdict
+    assert "do not depend on features" in without
+    assert "0.4100 inside the distilled student" in without
     assert any("which is 70% of that" in line for line in three.imbalance)
     assert "nothing travelled" in " ".join(two.course)
     assert "24.0 MB travelled" in " ".join(describe(read_history(write_run("fed", traffic=3e6))).course)

@@ -50,7 +50,7 @@ def make_trainer(problem, backbone_name):
 @pytest.fixture
 def sheets(make_trainer):
     """Margins of fixed, untrained teachers."""
-    tables = {m: make_trainer(seed=10 + n, modalities=(m,)).embeddings() for n, m in enumerate(("image", "text", "audio"))}
+    tables = {m: make_trainer(seed=10 + n, modalities=(m,)).soft_scores() for n, m in enumerate(("image", "text", "audio"))}
     return lambda steps: {m: margin_sheet(table, steps, np.dtype("<f4")) for m, table in tables.items()}
 
 
@@ -346,12 +346,12 @@ def test_learns_a_toy_with_an_obvious_answer(toy, backbone_name):
         trainer = Trainer(backbone, toy, stream, learning_rate=0.03, objective=objective, ks=KS)
         found = Fit(trainer, max_epochs=20, validate_every=5, patience=10)
         rows = found.advance(sheets=sheets)
-        assert rows[-1]["loss/bpr"] < rows[0]["loss/bpr"]
+        assert rows[-1]["loss/total"] < rows[0]["loss/total"]
         assert found.stopping.best > 0.95
         return trainer  # with its last parameters: Recall@20 of 60 items is perfect long before Recall@10
 
     teachers = {m: fit([m], seed=n) for n, m in enumerate(toy.features)}
-    tables = {m: teacher.embeddings() for m, teacher in teachers.items()}
+    tables = {m: teacher.soft_scores() for m, teacher in teachers.items()}
     student = fit(list(toy.features), seed=9, sheets=lambda steps: {m: margin_sheet(t, steps, np.dtype("<f2")) for m, t in tables.items()})
     for trainer in (*teachers.values(), student):
         assert trainer.rank(toy.test).compute()["recall@10"] > 0.85  # chance: 0.19
