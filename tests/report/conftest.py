@@ -29,9 +29,8 @@ def write_run(tmp_path):
         traffic=0.0,
         rounds=6,
         end="final",
-        overrides=None,
     ):
-        config = resolve({"dataset": "toy", "distillation.enabled": distilled, "plain": plain, **(overrides or {})})
+        config = resolve({"dataset": "toy", "distillation.enabled": distilled, "plain": plain})
         record = Record(tmp_path / name, config, write=lambda line: None)
         record.start("toy: 12 users, 30 items", modalities=list(modalities), split="abc")
         teachers = {f"teacher/{m}": STRENGTH[m] for m in modalities} if distilled else {}
