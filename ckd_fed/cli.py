@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckd_fed import __version__
-from ckd_fed.commands import delivery, results, wandb
+from ckd_fed.commands import delivery, experiments, results, wandb
 from ckd_fed.errors import CkdError, ConfigError, DataError
 
 # Heavy imports (torch, wandb) happen in the commands that need them, so that --help stays quick.
@@ -123,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     config.set_defaults(action=_config)
     for family in (results, delivery, wandb):
         family.add_commands(commands)
+    experiments.add_commands(commands, override)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
+from ckd_fed.tracking import console
 from ckd_fed.tracking.console import no_counterfactual_notice
 from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
@@ -29,8 +30,12 @@ from ckd_fed.training.fit import Fit
 from ckd_fed.training.trainer import METRIC, Values
 
 
-def train(config: Config) -> RunResult:
+def train(config: Config, write: Callable[[str], None] = console.write) -> RunResult:
     """Train teachers, the plain student if asked for, and the distilled student; test them; record everything.
+
+    Args:
+        config: the run's configuration.
+        write: prints one line.
 
     Raises:
         CkdError: bad data or configuration, or a training that cannot go on.
@@ -43,7 +48,7 @@ def train(config: Config) -> RunResult:
         "features": {m: features_fingerprint(matrix) for m, matrix in dataset.features.items()},
         "code": code_version(),
     }
-    record = Record(home(config) / "runs" / run_name(config), config, wandb_mirror(config, facts, print))
+    record = Record(home(config) / "runs" / run_name(config), config, wandb_mirror(config, facts, write), write)
     try:
         record.start(dataset.describe(), **facts)
         return _train(config, dataset, record)
