@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking import console
 from ckd_fed.tracking.console import no_counterfactual_notice
-from ckd_fed.tracking.record import Record, run_name
+from ckd_fed.tracking.record import Mirror, Record, run_name
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.build import build_fit, build_trainer
@@ -30,12 +31,13 @@ from ckd_fed.training.fit import Fit
 from ckd_fed.training.trainer import METRIC, Values
 
 
-def train(config: Config, write: Callable[[str], None] = console.write) -> RunResult:
+def train(config: Config, write: Callable[[str], None] = console.write, mirrors: Sequence[Callable[[Path], Mirror]] = ()) -> RunResult:
     """Train teachers, the plain student if asked for, and the distilled student; test them; record everything.
 
     Args:
         config: the run's configuration.
         write: prints one line.
+        mirrors: of the record, beside W&B.
 
     Raises:
         CkdError: bad data or configuration, or a training that cannot go on.
@@ -48,7 +50,7 @@ def train(config: Config, write: Callable[[str], None] = console.write) -> RunRe
         "features": {m: features_fingerprint(matrix) for m, matrix in dataset.features.items()},
         "code": code_version(),
     }
-    record = Record(home(config) / "runs" / run_name(config), config, wandb_mirror(config, facts, write), write)
+    record = Record(home(config) / "runs" / run_name(config), config, [*wandb_mirror(config, facts, write), *mirrors], write)
     try:
         record.start(dataset.describe(), **facts)
         return _train(config, dataset, record)
