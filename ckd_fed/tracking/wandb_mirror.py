@@ -157,7 +157,7 @@ def _init(directory: Path, config: Config, facts: Mapping[str, Any], write: Call
     """Start the W&B run; one that cannot be reached is written offline, to be synchronised later."""
     mode = config.tracking.wandb
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "") or ("online" if _has_key() else "offline")
+        mode = os.environ.get("WANDB_MODE", "") or ("online" if has_key() else "offline")
     try:
         return _start(directory, config, facts, mode)
     except Exception as error:
@@ -212,7 +212,7 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether a key is at hand, looked up without asking the network or the user."""
     if os.environ.get("WANDB_API_KEY"):
         return True
