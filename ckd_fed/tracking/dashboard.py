@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ckd_fed.errors import CkdError, ConfigError
@@ -35,6 +36,7 @@ def sections(modalities: Sequence[str]) -> list[Section]:
     def each(pattern: str) -> tuple[str, ...]:
         return tuple(pattern.format(m) for m in modalities)
 
+    tested = ("final/student/test/recall@20", "final/plain/test/recall@20", *each("final/teacher/{}/test/recall@20"))
     return [
         Section(
             "Imbalance over rounds",
@@ -73,11 +75,7 @@ def sections(modalities: Sequence[str]) -> list[Section]:
             (
                 Panel("Recall@20 on validation", ("val/recall@20", "plain/val/recall@20")),
                 Panel("NDCG@20 (standard) on validation", ("val/ndcg@20",)),
-                Panel(
-                    "Recall@20 on test",
-                    ("final/student/test/recall@20", "final/plain/test/recall@20", *each("final/teacher/{}/test/recall@20")),
-                    "bar",
-                ),
+                Panel("Recall@20 on test", tested, "bar"),
             ),
         ),
     ]
@@ -99,8 +97,7 @@ def build_workspace(wanted: Sequence[Section], entity: str, project: str) -> Any
         ConfigError: the package is not installed.
     """
     try:
-        import wandb_workspaces.reports.v2 as panels
-        import wandb_workspaces.workspaces as workspaces
+        panels, workspaces = import_module("wandb_workspaces.reports.v2"), import_module("wandb_workspaces.workspaces")
     except ImportError:
         raise ConfigError("the dashboard needs the package wandb-workspaces; install it with: pip install 'ckd_fed[dashboard]'") from None
 

@@ -26,6 +26,7 @@ def test_a_dry_run_prints_every_section_and_metric(capsys):
             assert metric in shown
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_workspace_has_the_panels_over_rounds():
     pytest.importorskip("wandb_workspaces")
     wanted = dashboard.sections(["image", "text"])
