@@ -297,4 +297,4 @@ def test_the_files_that_are_shipped_are_valid(monkeypatch, kind):
     for name in names:
         resolve({kind[:-1]: name})
     if kind == "backbones":
-        assert set(names) <= set(BACKBONES)
+        assert set(names) == set(BACKBONES)
