@@ -15,6 +15,7 @@ from ckd_fed.errors import CkdError, ConfigError
 from ckd_fed.experiments.recipe import Job
 from ckd_fed.home import home
 from ckd_fed.training.central import train
+from ckd_fed.training.memory import TeacherMemory
 
 _IRRELEVANT = ("tracking.", "training.threads", "training.device", "home", "data.dir")  # may differ between runs that are compared
 
@@ -22,8 +23,8 @@ _IRRELEVANT = ("tracking.", "training.threads", "training.device", "home", "data
 def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Callable[[str], None]) -> dict[Job, RunHistory]:
     """Run what has not finished yet.
 
-    A run that finished with the same configuration is taken as it is; one that broke off or failed is begun anew, its folder replaced. A
-    run that fails does not keep the others from running.
+    Variants of a seed share the teachers that are the same for them. A run that finished with the same configuration is taken as it is;
+    one that broke off or failed is begun anew, its folder replaced. A run that fails does not keep the others from running.
 
     Args:
         planned: of :func:`~ckd_fed.experiments.recipe.jobs`.
@@ -39,7 +40,10 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
     configs = {job: resolve_for_data(job.overrides) for job in planned}
     kept = {job: history for job in planned if (history := _finished(job, configs[job])) is not None}
     found: dict[Job, RunHistory] = {}
+    memory, place = TeacherMemory(), None
     for job in planned:
+        if place != (job.dataset, job.backbone, job.seed):  # other teachers; forget those of before
+            memory, place = TeacherMemory(), (job.dataset, job.backbone, job.seed)
         if job in kept:
             found[job] = kept[job]
             done(job, "kept")
@@ -49,7 +53,7 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
             write(f"{job.run} had broken off; it is begun anew")
             shutil.rmtree(directory)
         try:
-            train(configs[job], write=lambda line: None)
+            train(configs[job], write=lambda line: None, memory=memory)
         except CkdError as error:
             done(job, f"failed: {error}")
             continue

@@ -28,16 +28,23 @@ from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.fit import Fit
+from ckd_fed.training.memory import TeacherMemory
 from ckd_fed.training.trainer import METRIC, Values
 
 
-def train(config: Config, write: Callable[[str], None] = console.write, mirrors: Sequence[Callable[[Path], Mirror]] = ()) -> RunResult:
+def train(
+    config: Config,
+    write: Callable[[str], None] = console.write,
+    mirrors: Sequence[Callable[[Path], Mirror]] = (),
+    memory: TeacherMemory | None = None,
+) -> RunResult:
     """Train teachers, the plain student if asked for, and the distilled student; test them; record everything.
 
     Args:
         config: the run's configuration.
         write: prints one line.
         mirrors: of the record, beside W&B.
+        memory: of teachers trained in earlier runs of this process, which are not trained again.
 
     Raises:
         CkdError: bad data or configuration, or a training that cannot go on.
@@ -53,7 +60,7 @@ def train(config: Config, write: Callable[[str], None] = console.write, mirrors:
     record = Record(home(config) / "runs" / run_name(config), config, [*wandb_mirror(config, facts, write), *mirrors], write)
     try:
         record.start(dataset.describe(), **facts)
-        return _train(config, dataset, record)
+        return _train(config, dataset, record, memory or TeacherMemory())
     except BaseException as error:
         record.fail(f"{type(error).__name__}: {error}")
         raise
@@ -62,14 +69,14 @@ def train(config: Config, write: Callable[[str], None] = console.write, mirrors:
             report_quietly(record.directory, record.write)
 
 
-def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
+def _train(config: Config, dataset: Dataset, record: Record, memory: TeacherMemory) -> RunResult:
     started = time.monotonic()
     if dataset.standin:
         record.write(standin_notice(config))
     result = RunResult(dataset.modalities, record.directory)
     if not backbone_class(config.backbone).scores_use_features:
         record.write(no_counterfactual_notice(config.backbone))
-    fits = _pretrain(config, dataset, record, result)
+    fits = _pretrain(config, dataset, record, result, memory)
     number = max((round_number for round_number, _ in fits.values()), default=0)
     teachers = {m: fits[f"teacher/{m}"][1].trainer.soft_scores() for m in dataset.modalities if f"teacher/{m}" in fits}
     student = _distil(config, dataset, record, result, teachers, number)
@@ -80,7 +87,7 @@ def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
     return result
 
 
-def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResult) -> dict[str, tuple[int, Fit]]:
+def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResult, memory: TeacherMemory) -> dict[str, tuple[int, Fit]]:
     """Phase 1: every teacher, and the plain student if asked for, to convergence; (rounds taken, fit with the best restored)."""
     roles: dict[str, tuple[str, ...]] = {f"teacher/{m}": (m,) for m in dataset.modalities} if config.distillation.enabled else {}
     if config.plain and config.distillation.enabled:
@@ -93,7 +100,7 @@ def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResul
         reports = {}
         for role, fit in fits.items():
             if not fit.done:
-                reports[role] = fit.advance(config.teacher_round)
+                reports[role] = memory.advance(config, dataset, role, fit)
                 if reports[role]:
                     reports[role][-1]["done"] = float(fit.done)
         record.pretraining_round(number, reports, time.monotonic() - started)

@@ -35,9 +35,9 @@ def trained(monkeypatch):
     """Names of the runs that are trained, in order."""
     names, real = [], sweep.train
 
-    def train(config, write):
+    def train(config, write, memory):
         names.append(config.name)
-        return real(config, write)
+        return real(config, write, memory=memory)
 
     monkeypatch.setattr(sweep, "train", train)
     return names
@@ -94,10 +94,10 @@ def test_a_run_of_another_configuration_is_not_taken_for_this_one(recipe, traine
 def test_one_failure_does_not_keep_the_others_from_running(recipe, monkeypatch, capsys):
     real = sweep.train
 
-    def train(config, write):
+    def train(config, write, memory):
         if config.name.endswith("s1-rho-1"):
             raise TrainingError("loss became nan")
-        return real(config, write)
+        return real(config, write, memory=memory)
 
     monkeypatch.setattr(sweep, "train", train)
     settings = " ".join(f"{key}={str(value).lower()}" for key, value in QUICK.items())
