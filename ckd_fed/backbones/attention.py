@@ -184,3 +184,25 @@ class _Softmax(torch.autograd.Function):
         (shares,) = ctx.saved_tensors
         product = gradients[0] * shares
         return None, product - shares * ctx.edges._sum_at(ctx.at_users, product), None
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows ``(n, d)`` divided by their norms, as ``F.normalize(x)``, with a backward that passes over the table a third as often."""
+    return _UnitRows.apply(x)
+
+
+class _UnitRows(torch.autograd.Function):
+    EPSILON = 1e-12  # of F.normalize
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(_UnitRows.EPSILON)
+        rows = x / norm
+        ctx.save_for_backward(rows, norm)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        rows, norm = ctx.saved_tensors
+        radial = (gradients[0] * rows).sum(1, keepdim=True) * (norm > _UnitRows.EPSILON)
+        return torch.addcmul(gradients[0], rows, radial, value=-1).div_(norm)

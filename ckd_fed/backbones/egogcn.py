@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.attention import BipartiteEdges
+from ckd_fed.backbones.attention import BipartiteEdges, unit_rows
 from ckd_fed.backbones.base import Embeddings, RankingBatch, View, bpr_loss
 from ckd_fed.backbones.blocks import BlockBackbone
 from ckd_fed.backbones.graph import Propagation, symmetric_normalised_adjacency
@@ -187,23 +187,23 @@ class EgoGCN(BlockBackbone):
 
     def route(self, received: Nodes) -> Embeddings:
         """The layers after the first, from what that one received."""
-        users, items = F.normalize(received.users), F.normalize(received.items)
+        users, items = unit_rows(received.users), unit_rows(received.items)
         for _ in range(self.n_routing):
             to_users, to_items = self.edges.attend(users, items)
-            users, items = F.normalize(users + to_users), F.normalize(items + to_items)
+            users, items = unit_rows(users + to_users), unit_rows(items + to_items)
         return Embeddings(users, items)
 
     def _preference(self, modality: str) -> Tensor:
         """P_m: the Parameter itself in training, where it has just been projected."""
         table = self.preference[modality]
-        return table if self.training else F.normalize(table)
+        return table if self.training else unit_rows(table)
 
     def _input(self, modality: str, present: bool) -> Nodes:
         """X_m, one row a side where the modality is absent."""
         users = self._preference(modality)
         features = self.get_buffer(f"features_{modality}" if present else f"mean_features_{modality}")
-        items = F.normalize(F.leaky_relu(self.projection[modality](features)))
-        return Nodes(users if present else F.normalize(users.mean(0, keepdim=True)), items)
+        items = unit_rows(F.leaky_relu(self.projection[modality](features)))
+        return Nodes(users if present else unit_rows(users.mean(0, keepdim=True)), items)
 
     def _gated(self, inputs: Mapping[tuple[str, bool], Nodes]) -> dict[tuple[str, str, bool], Nodes]:
         """What a tower hears of another modality: (tower, modality, present) -> gated rows."""
@@ -215,7 +215,7 @@ class EgoGCN(BlockBackbone):
         }
 
     def _id_tower(self) -> Embeddings:
-        x = F.normalize(self.id_embedding)
+        x = unit_rows(self.id_embedding)
         once = self.propagate(x)
         return Embeddings(*(x + once + 2 * self.propagate(once)).split([self.n_users, self.n_items]))
 

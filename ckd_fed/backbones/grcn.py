@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.attention import BipartiteEdges
+from ckd_fed.backbones.attention import BipartiteEdges, unit_rows
 from ckd_fed.backbones.base import Embeddings, RankingBatch, Triples, View, bpr_loss
 from ckd_fed.backbones.blocks import BlockBackbone
 from ckd_fed.data.interactions import Interactions
@@ -146,7 +146,7 @@ class GRCN(BlockBackbone):
                 affinities[modality, True] = self._present(modality)
             if any(modality not in view for view in views):
                 affinities[modality, False] = self._absent(modality)
-        users, items = F.normalize(self.id_embedding).split([self.n_users, self.n_items])
+        users, items = unit_rows(self.id_embedding).split([self.n_users, self.n_items])
         found = {}
         for view in views:
             chosen = [affinities[m, m in view] for m in self.modalities]
@@ -184,11 +184,11 @@ class GRCN(BlockBackbone):
 
     def _present(self, modality: str) -> Affinity:
         edges = self.edges
-        users = F.normalize(self.preference[modality])
-        items = F.normalize(F.leaky_relu(self.projection[modality](self.get_buffer(f"features_{modality}"))))
+        users = unit_rows(self.preference[modality])
+        items = unit_rows(F.leaky_relu(self.projection[modality](self.get_buffer(f"features_{modality}"))))
         for _ in range(self.n_routing):
             alpha = edges.softmax_at_users(edges.similarity(users, items))
-            users = F.normalize(users + edges.to_users(alpha, items))
+            users = unit_rows(users + edges.to_users(alpha, items))
         logits = edges.similarity(users, items)
         at_users, at_items = edges.softmax_at_users(logits), edges.softmax_at_items(logits)
         return Affinity(Embeddings(users + edges.to_users(at_users, items), items + edges.to_items(at_items, users)), at_users, at_items)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from ckd_fed.backbones.attention import BipartiteEdges
+from ckd_fed.backbones.attention import BipartiteEdges, unit_rows
 
 
 @pytest.fixture
@@ -71,3 +72,15 @@ def test_rows_need_not_be_contiguous(edges, rows):
 def test_the_edges_are_no_part_of_the_state(edges):
     assert not edges.state_dict()
     assert edges.to(torch.float32).zeros.dtype == torch.float32
+
+
+def test_unit_rows_are_those_of_normalize():
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x[1], x[2] = 0, 1e-14
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weights = torch.arange(15.0, dtype=torch.float64).view(5, 3)
+    ours, theirs = unit_rows(one), F.normalize(two)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-15, atol=0)
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-12, atol=1e-14)

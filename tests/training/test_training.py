@@ -65,8 +65,10 @@ def assert_equal_bits(a, b):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_fit_equals_a_loop_by_hand(make_trainer, sheets, problem, distilled):
+def test_fit_equals_a_loop_by_hand(make_trainer, backbone_name, sheets, problem, distilled):
     """The step written out from the tables of all views, in float64, and torch's Adam in its plain form."""
+    if backbone_name not in ("vbpr", "mmgcn"):
+        pytest.skip("it is trained by more than BPR and L2; the suite of backbones holds its losses against its tables")
     trainer = make_trainer(distilled=distilled, dtype=torch.float64)
     model = copy.deepcopy(trainer.backbone)
     Fit(trainer, max_epochs=3, validate_every=2, patience=10).advance(sheets=sheets if distilled else None)
