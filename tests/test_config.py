@@ -268,7 +268,7 @@ def values_of(owner, prefix=""):
         elif kind is int:
             found[key] = st.integers(rules.get("low", 0), 10**9)
         elif kind is float:
-            found[key] = st.floats(rules.get("low", 0), 1e300, exclude_min="above" in rules)
+            found[key] = st.floats(rules.get("low", 0), rules.get("below", 1e300), exclude_min="above" in rules, exclude_max="below" in rules)
         elif kind is str:
             found[key] = TEXT
     return found

@@ -13,6 +13,7 @@ from ckd_fed.data.dataset import Dataset, dense_features
 from ckd_fed.data.triples import TripleStream, derive_key
 from ckd_fed.distillation.objective import DistillationObjective
 from ckd_fed.errors import ConfigError
+from ckd_fed.training.balancing import build_balancing
 from ckd_fed.training.fit import Fit
 from ckd_fed.training.trainer import Trainer
 
@@ -75,6 +76,7 @@ def build_trainer(
         objective=objective(config) if distilled else None,
         ks=config.ks,
         share=share,
+        balancing=build_balancing(config.balancing, backbone) if not distilled and len(dataset.modalities) > 1 else None,
     )
 
 
