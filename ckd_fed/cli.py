@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckd_fed import __version__
-from ckd_fed.commands import data
+from ckd_fed.commands import data, delivery, experiments, results, wandb
 from ckd_fed.errors import CkdError, ConfigError, DataError
 
 # Heavy imports (torch, wandb) happen in the commands that need them, so that --help stays quick.
@@ -49,19 +49,35 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from ckd_fed.data.locate import resolve_for_data
+    from ckd_fed.tracking.live import LiveProgress
     from ckd_fed.training.central import train
 
-    train(resolve_for_data(parse_overrides(arguments.config)))
+    config, console = resolve_for_data(parse_overrides(arguments.config)), Console()
+    if not console.is_terminal:
+        train(config)
+        return
+    with LiveProgress(console, config.training.epochs) as live:
+        train(config, live.write, [lambda directory: live])
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from ckd_fed.config import resolve
     from ckd_fed.launch import app_config, flower_run
+    from ckd_fed.tracking.live import FollowedLog, LiveProgress
 
     app, overrides = Path(arguments.app), parse_overrides(arguments.config)
     resolve(app_config(app), overrides)  # a wrong key or value is told here and now, not by a ServerApp half a minute later
-    flower_run(app, arguments.connection, [toml_overrides(overrides)] if overrides else [], print)
+    words, console = [toml_overrides(overrides)] if overrides else [], Console()
+    if not console.is_terminal:
+        flower_run(app, arguments.connection, words, print)
+        return
+    with LiveProgress(console) as live:
+        flower_run(app, arguments.connection, words, live.write, FollowedLog(live).line)
 
 
 def toml_overrides(values: dict[str, Any]) -> str:
@@ -121,7 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(action=_verify)
     config = commands.add_parser("config", parents=[override], help="print the resolved configuration")
     config.set_defaults(action=_config)
-    data.add_commands(commands)
+    for family in (data, results, delivery, wandb):
+        family.add_commands(commands)
+    experiments.add_commands(commands, override)
     return parser
 
 

@@ -98,6 +98,16 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True)
+class BalancingConfig:
+    """``balancing.*``: published ways of balancing without teachers, for the plain student (:mod:`ckd_fed.training.balancing`)."""
+
+    method: str = _one_of("none", "gradient-modulation", "modality-dropout", default="none")
+    alpha: float = _at_least(0, default=0.5)  # of gradient modulation
+    noise: bool = True  # of gradient modulation (GE)
+    rate: float = field(default=0.3, metadata={"low": 0, "below": 1})  # of modality dropout: probability of a modality's absence
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """``evaluation.*``."""
 
@@ -123,6 +133,7 @@ class TrackingConfig:
     project: str = "ckd_fed"
     group: str = ""
     tags: str = ""  # comma-separated
+    report: bool = True  # write report/report.html at the end
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,7 @@ class Config:
     model: Mapping[str, Scalar] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -326,6 +338,8 @@ def _convert(key: str, value: Any, kind: type, rules: Mapping[str, Any]) -> Scal
         raise ConfigError(unknown(key, value, rules["choices"]))
     if "above" in rules and not value > rules["above"]:
         raise ConfigError(f"{key} is {value!r}; it must be greater than {rules['above']}")
+    if "below" in rules and not value < rules["below"]:
+        raise ConfigError(f"{key} is {value!r}; it must be less than {rules['below']}")
     if kind is int and value >= 2**63:
         raise ConfigError(f"{key} is {value!r}; a whole number below 2**63 is needed")
     if "low" in rules and not value >= rules["low"]:

@@ -32,7 +32,9 @@ class RunError(CkdError):
     """The run failed, was stopped or could not be started."""
 
 
-def flower_run(app: Path, connection: str | None, overrides: Sequence[str], write: Callable[[str], None]) -> None:
+def flower_run(
+    app: Path, connection: str | None, overrides: Sequence[str], write: Callable[[str], None], follow: Callable[[str], None] | None = None
+) -> None:
     """Run a Flower app to its end, showing its log.
 
     Args:
@@ -40,6 +42,7 @@ def flower_run(app: Path, connection: str | None, overrides: Sequence[str], writ
         connection: name of a SuperLink connection; None for the default one.
         overrides: of the run configuration, as for ``flwr run -c``.
         write: prints one line.
+        follow: takes every line of the run's log; None leaves them to flwr's own output.
 
     Raises:
         RunError: the run did not complete; the message ends with the reason.
@@ -48,7 +51,7 @@ def flower_run(app: Path, connection: str | None, overrides: Sequence[str], writ
     environment.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with _superlink(connection, environment, write):
-        _run(app, connection, overrides, environment, write)
+        _run(app, connection, overrides, environment, follow)
 
 
 def app_config(app: Path) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def app_config(app: Path) -> dict[str, Any]:
     return dict(declared)
 
 
-def _run(app: Path, connection: str | None, overrides: Sequence[str], environment: dict[str, str], write: Callable[[str], None]) -> None:
+def _run(app: Path, connection: str | None, overrides: Sequence[str], environment: dict[str, str], follow: Callable[[str], None] | None) -> None:
     target = [connection] if connection else []
     options = [word for override in overrides for word in ("-c", override)]
     started = _json(["run", str(app), *target, "--format", "json", *options], environment)
@@ -75,13 +78,23 @@ def _run(app: Path, connection: str | None, overrides: Sequence[str], environmen
     if not run_id:
         raise RunError(f"flwr run did not start: {started.get('error-message') or started}")
     try:
-        subprocess.run([*_flwr(), "log", run_id, *target, "--stream"], env=environment, check=False)
+        _log([*_flwr(), "log", run_id, *target, "--stream"], environment, follow)
         status, details = _wait(run_id, target, environment)
     except KeyboardInterrupt:
         subprocess.run([*_flwr(), "stop", run_id, *target], env=environment, check=False, stdout=subprocess.DEVNULL)
         raise RunError(f"interrupted; run {run_id} was asked to stop") from None
     if status != "finished:completed":
         raise RunError(f"run {run_id} ended as {status.partition(':')[2] or status}: {_reason(details)}")
+
+
+def _log(command: Sequence[str], environment: dict[str, str], follow: Callable[[str], None] | None) -> None:
+    if follow is None:
+        subprocess.run(command, env=environment, check=False)
+        return
+    unbuffered = {**environment, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=unbuffered, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+        for line in process.stdout or ():
+            follow(line)
 
 
 def _wait(run_id: str, target: Sequence[str], environment: dict[str, str]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from ckd_fed.config import resolve
 from ckd_fed.data.locate import standin_notice
 from ckd_fed.home import code_version, home
+from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking.console import no_counterfactual_notice, write
 from ckd_fed.tracking.record import Record, run_name
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
@@ -40,6 +41,8 @@ def main(grid: Grid, context: Context) -> None:
         "student_workers": len(plan.students),
         "features": json.loads(plan.card.features),
         "flower_run_id": str(context.run_id),
+        "code": code_version(),
+        "nodes": plan.facts(),
     }
     record = Record(home(config) / "runs" / run, config, wandb_mirror(config, facts, write), write)
     try:
@@ -57,3 +60,6 @@ def main(grid: Grid, context: Context) -> None:
     except BaseException as error:
         record.fail(f"{type(error).__name__}: {error}")
         raise
+    finally:
+        if config.tracking.report:
+            report_quietly(record.directory, write)

@@ -38,6 +38,11 @@ class Plan:
         """The card of the first student worker, whose split is everybody's."""
         return self.cards[self.students[0]]
 
+    def facts(self) -> dict[str, dict[str, str]]:
+        """Role -> which node plays it, on which host and device: what a run's record keeps."""
+        roles = {**{f"teacher/{m}": node for m, node in self.teachers.items()}, **{f"student/{w}": node for w, node in enumerate(self.students)}}
+        return {role: {"node": str(node), "host": self.cards[node].host, "device": self.cards[node].device} for role, node in roles.items()}
+
     def describe(self) -> list[str]:
         """A line for each role: role, node, host, device."""
         roles = [(f"teacher {m}", node) for m, node in self.teachers.items()]

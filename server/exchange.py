@@ -53,6 +53,8 @@ class Exchange:
         self.grid = grid
         self.run = run
         self.config = config
+        self.seconds: dict[Stamp, float] = {}  # from sending a request to having its reply
+        self._sent: dict[Stamp, float] = {}
 
     def send(self, number: int, asks: list[Ask]) -> Pending:
         """Send requests of one round without waiting."""
@@ -63,6 +65,7 @@ class Exchange:
         if len(stamps) != len(asks):
             lost = [f"{ask.action} to {ask.role}" for message_id, ask in zip(ids, asks, strict=True) if not message_id]
             raise ReplyError(f"Flower took no message for {', '.join(lost)}; the node is gone")
+        self._sent.update(dict.fromkeys(stamps.values(), time.monotonic()))
         return Pending(stamps, sent, time.monotonic())
 
     def replies(self, pending: Pending, timeout: float) -> tuple[dict[Stamp, Reply], dict[Stamp, ReplyError]]:
@@ -79,6 +82,7 @@ class Exchange:
             arrived = [message for message in self.grid.pull_messages(list(waiting)) if message.metadata.reply_to_message_id in waiting]
             for message in arrived:
                 stamp = waiting.pop(message.metadata.reply_to_message_id)
+                self.seconds[stamp] = time.monotonic() - self._sent.get(stamp, pending.since)
                 try:
                     good[stamp] = read_reply(message, stamp)
                 except ReplyError as error:
@@ -103,6 +107,10 @@ class Exchange:
         if reasons:
             raise ReplyError("; ".join(dict.fromkeys(reasons)))
         return {(stamp.action, stamp.role): answer for stamp, answer in good.items()}
+
+    def seconds_by_role(self, replies: Mapping[tuple[str, str], Reply]) -> dict[str, float]:
+        """``seconds/<action>/<role>`` of some replies: how long each node took to answer."""
+        return {f"seconds/{action}/{role}": round(self.seconds.get(reply.stamp, 0.0), 3) for (action, role), reply in replies.items()}
 
     def ask(self, number: int, asks: list[Ask]) -> dict[tuple[str, str], Reply]:
         """Send requests and wait for every reply."""

@@ -141,6 +141,7 @@ class Federation:
             margin_bytes = sum(reply.n_bytes for (action, _), reply in replies.items() if action == "score")
             values.update(epoch=float(epoch), gain=float(gain), seconds=time.monotonic() - started, bytes=float(n_bytes))
             values["bytes/margins"] = float(margin_bytes)
+            values.update(self.exchange.seconds_by_role(replies))
             self.record.distillation_round(self.number, self._against_teachers(values), self.plan.modalities)
             if ahead:
                 sheets = self._take_scores(replies, epoch)

@@ -269,7 +269,7 @@ def values_of(owner, prefix=""):
         elif kind is int:
             found[key] = st.integers(rules.get("low", 0), 10**9)
         elif kind is float:
-            found[key] = st.floats(rules.get("low", 0), 1e300, exclude_min="above" in rules)
+            found[key] = st.floats(rules.get("low", 0), rules.get("below", 1e300), exclude_min="above" in rules, exclude_max="below" in rules)
         elif kind is str:
             found[key] = TEXT
     return found
@@ -298,4 +298,4 @@ def test_the_files_that_are_shipped_are_valid(monkeypatch, kind):
     for name in names:
         resolve({kind[:-1]: name})
     if kind == "backbones":
-        assert set(names) <= set(BACKBONES)
+        assert set(names) == set(BACKBONES)

@@ -14,6 +14,13 @@ from importlib.metadata import entry_points
 from ckd_fed.errors import ConfigError, unknown
 
 BACKBONES = {
+    "bm3": "ckd_fed.backbones.bm3:BM3",
+    "egogcn": "ckd_fed.backbones.egogcn:EgoGCN",
+    "freedom": "ckd_fed.backbones.freedom:FREEDOM",
+    "grcn": "ckd_fed.backbones.grcn:GRCN",
+    "lattice": "ckd_fed.backbones.lattice:LATTICE",
+    "mgcn": "ckd_fed.backbones.mgcn:MGCN",
+    "micro": "ckd_fed.backbones.micro:MICRO",
     "mmgcn": "ckd_fed.backbones.mmgcn:MMGCN",
     "vbpr": "ckd_fed.backbones.vbpr:VBPR",
 }

@@ -200,8 +200,12 @@ class Backbone(nn.Module, ABC):
         done = self(list(dict.fromkeys([*ranking_views, *distillation_views])))
         gather = Gather(ranking, distillation)
         output = StepOutput({}, {}, {})
+        gathered: dict[int, Tensor] = {}  # of each table; views may share one
         for view, (users, items) in done.tables.items():
-            rows = gather.split(F.embedding(gather.users, users), F.embedding(gather.items, items))
+            for index, table in ((gather.users, users), (gather.items, items)):
+                if id(table) not in gathered:
+                    gathered[id(table)] = F.embedding(index, table)
+            rows = gather.split(gathered[id(users)], gathered[id(items)])
             if view in ranking_views:
                 output.ranking[view] = margin(*rows[0])
             if view in distillation_views:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ckd_fed.data.inspect import Report
 from ckd_fed.errors import DataError
@@ -14,12 +15,8 @@ def plot_report(report: Report, path: Path) -> None:
     """Draw a report into a file whose ending decides the format.
 
     Raises:
-        DataError: matplotlib, an extra, is not installed, or the format is unknown to it.
+        DataError: the format is unknown to matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise DataError("a plot needs matplotlib; install it with pip install 'ckd_fed[data]'") from None
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     degrees, lengths, signal = figure.subplots(1, 3)
     for name, degree in (("items of a user", report.user_degree), ("users of an item", report.item_degree)):

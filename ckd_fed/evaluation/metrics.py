@@ -38,26 +38,9 @@ class RankingMetrics:
             hits: ``(n, max(ks))`` bool, whether the item at each rank is relevant.
             n_relevant: ``(n,)``, relevant items of each user, all positive.
         """
-        n, longest = hits.shape
-        discount = 1.0 / np.log2(np.arange(2, longest + 2))
-        ideal = np.concatenate([[0.0], np.cumsum(discount)])  # ideal[n]: DCG of n hits at the top
-        gains = np.cumsum(hits * discount, axis=1)
-        counts = np.cumsum(hits, axis=1)
-        retrieved = counts[:, -1]
-        for k in self.ks:
-            dcg, hit = gains[:, k - 1], counts[:, k - 1]
-            best_retrieved = ideal[np.minimum(retrieved, k)]
-            values = {
-                "recall": hit / n_relevant,
-                "ndcg": dcg / ideal[np.minimum(n_relevant, k)],
-                "precision": hit / k,
-                "hit_rate": hit > 0,
-                "ndcg_retrieved": np.divide(dcg, best_retrieved, out=np.zeros_like(dcg), where=best_retrieved > 0),
-            }
-            for name in NAMES:
-                key = f"{name}@{k}"
-                self.sums[key] = self.sums.get(key, 0.0) + float(values[name].sum())
-        self.n_users += n
+        for key, values in user_values(hits, n_relevant, self.ks).items():
+            self.sums[key] = self.sums.get(key, 0.0) + float(values.sum())
+        self.n_users += len(hits)
 
     def add(self, prefix: str, other: RankingMetrics) -> None:
         """Put another ranking's sums over the same users beside these, their names prefixed."""
@@ -72,6 +55,28 @@ class RankingMetrics:
     def compute(self) -> dict[str, float]:
         """Means over users; empty if no user was counted."""
         return {key: value / self.n_users for key, value in self.sums.items()} if self.n_users else {}
+
+
+def user_values(hits: np.ndarray, n_relevant: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Metrics of each user, ``(n,)`` each; arguments as for :meth:`RankingMetrics.update`."""
+    discount = 1.0 / np.log2(np.arange(2, hits.shape[1] + 2))
+    ideal = np.concatenate([[0.0], np.cumsum(discount)])  # ideal[n]: DCG of n hits at the top
+    gains = np.cumsum(hits * discount, axis=1)
+    counts = np.cumsum(hits, axis=1)
+    retrieved = counts[:, -1]
+    found: dict[str, np.ndarray] = {}
+    for k in ks:
+        dcg, hit = gains[:, k - 1], counts[:, k - 1]
+        best_retrieved = ideal[np.minimum(retrieved, k)]
+        values = {
+            "recall": hit / n_relevant,
+            "ndcg": dcg / ideal[np.minimum(n_relevant, k)],
+            "precision": hit / k,
+            "hit_rate": hit > 0,
+            "ndcg_retrieved": np.divide(dcg, best_retrieved, out=np.zeros_like(dcg), where=best_retrieved > 0),
+        }
+        found.update({f"{name}@{k}": values[name] for name in NAMES})
+    return found
 
 
 def metric_keys(ks: Sequence[int]) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from ckd_fed.evaluation.metrics import RankingMetrics
 _BLOCK_SCORES = 1 << 23  # scores held at a time: 32 MB in float32
 
 
-@torch.no_grad()
 def evaluate(
     embeddings: Embeddings, train: Interactions, held_out: Interactions, ks: Sequence[int] = (10, 20), share: tuple[int, int] = (0, 1)
 ) -> RankingMetrics:
@@ -35,21 +34,40 @@ def evaluate(
     Raises:
         TrainingError: an embedding is not finite.
     """
-    for table in embeddings:
-        if not torch.isfinite(table).all():
-            raise TrainingError("the embeddings hold NaN or infinite values, so nothing can be ranked; lower training.learning-rate")
     worker, workers = share
     users = held_out.users[worker::workers]
     longest = min(max(ks), train.n_items)
     metrics = RankingMetrics(tuple(sorted(ks)))
-    for chunk, seen, (scores,) in score_blocks([embeddings], train, users):
-        scores[seen] = -torch.inf
-        top = scores.topk(longest, dim=1).indices.cpu().numpy()  # (b, K)
+    for chunk, top in top_items(embeddings, train, users, longest):
         hits = held_out.contains(chunk[:, None], top)
         if longest < max(ks):  # fewer items than K: the list ends early
             hits = np.pad(hits, ((0, 0), (0, max(ks) - longest)))
         metrics.update(hits, held_out.degree[chunk])
     return metrics
+
+
+@torch.no_grad()
+def top_items(embeddings: Embeddings, train: Interactions, users: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The best items of some users, block by block, training items left out.
+
+    Args:
+        embeddings: tables whose inner products are the scores, on any device.
+        train: items to mask.
+        users: ids, ``(n,)``.
+        k: length of the lists, at most the number of items.
+
+    Yields:
+        A block's users ``(b,)`` and their items ``(b, k)``, best first; masked items come last where a user has fewer others.
+
+    Raises:
+        TrainingError: an embedding is not finite.
+    """
+    for table in embeddings:
+        if not torch.isfinite(table).all():
+            raise TrainingError("the embeddings hold NaN or infinite values, so nothing can be ranked; lower training.learning-rate")
+    for chunk, seen, (scores,) in score_blocks([embeddings], train, users):
+        scores[seen] = -torch.inf
+        yield chunk, scores.topk(min(k, train.n_items), dim=1).indices.cpu().numpy()
 
 
 def score_blocks(

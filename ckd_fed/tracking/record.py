@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from ckd_fed.errors import ConfigError, DataError
 from ckd_fed.home import write_atomically
 from ckd_fed.tracking import console
 from ckd_fed.tracking.result import RunResult
+
+if TYPE_CHECKING:
+    from ckd_fed.analysis.users import UserTable
 
 Values = Mapping[str, float]
 
@@ -38,9 +41,11 @@ class Record:
         <home>/runs/<run>/config.yaml       as resolved
                           metrics.jsonl     one JSON object a line, each flushed to disk before the run goes on
                           checkpoints/      best.safetensors, last.safetensors: the student's parameters
+                          test_users.npz    test metrics of every user (a run in one process)
                           wandb/            what W&B writes
 
-    Rows carry ``event`` (``start``, ``validation``, ``round``, ``final``), ``time``, and ``round``, a counter over both phases.
+    Rows carry ``event`` (``start``, ``validation``, ``round``, ``groups``, ``final`` or ``failed``), ``time``, and ``round``, a counter over
+    both phases.
 
     Args:
         directory: of the run; must not hold a run already.
@@ -106,6 +111,14 @@ class Record:
     def checkpoint(self, name: str, parameters: Mapping[str, np.ndarray], **state: Any) -> None:
         """Keep a student's parameters as ``checkpoints/<name>.safetensors``, replacing what was there."""
         save_checkpoint(self.directory / "checkpoints" / f"{name}.safetensors", parameters, state)
+
+    def users(self, table: UserTable, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the test metrics of every user, ``test_users.npz``, and a row of those by group; the run does not depend on the file."""
+        try:
+            table.save(self.directory / "test_users.npz")
+        except OSError as error:
+            self.write(f"test_users.npz could not be written ({error}); `ckd-fed compare` will lack this run")
+        self.row("groups", groups=list(groups))
 
     def finish(self, result: RunResult, seconds: float) -> None:
         """Write the final row and print the final table."""

@@ -14,6 +14,7 @@ from ckd_fed.data.missing import hide
 from ckd_fed.data.triples import TripleStream, derive_key
 from ckd_fed.distillation.objective import DistillationObjective
 from ckd_fed.errors import ConfigError
+from ckd_fed.training.balancing import build_balancing
 from ckd_fed.training.fit import Fit
 from ckd_fed.training.trainer import Trainer
 
@@ -77,6 +78,7 @@ def build_trainer(
         objective=objective(config) if distilled else None,
         ks=config.ks,
         share=share,
+        balancing=build_balancing(config.balancing, backbone) if not distilled and len(dataset.modalities) > 1 else None,
     )
 
 

@@ -4,65 +4,90 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from ckd_fed.analysis.users import rank_test_users
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.backbones.build import backbone_class
 from ckd_fed.checkpoint import to_arrays
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset
+from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import open_dataset, standin_notice
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
-from ckd_fed.home import home
+from ckd_fed.home import code_version, home
+from ckd_fed.report.write import report_quietly
+from ckd_fed.tracking import console
 from ckd_fed.tracking.console import no_counterfactual_notice
-from ckd_fed.tracking.record import Record, run_name
+from ckd_fed.tracking.record import Mirror, Record, run_name
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.fit import Fit
+from ckd_fed.training.memory import TeacherMemory
 from ckd_fed.training.trainer import METRIC, Values
 
 
-def train(config: Config) -> RunResult:
+def train(
+    config: Config,
+    write: Callable[[str], None] = console.write,
+    mirrors: Sequence[Callable[[Path], Mirror]] = (),
+    memory: TeacherMemory | None = None,
+) -> RunResult:
     """Train teachers, the plain student if asked for, and the distilled student; test them; record everything.
+
+    Args:
+        config: the run's configuration.
+        write: prints one line.
+        mirrors: of the record, beside W&B.
+        memory: of teachers trained in earlier runs of this process, which are not trained again.
 
     Raises:
         CkdError: bad data or configuration, or a training that cannot go on.
     """
     dataset = open_dataset(config)
-    record = Record(
-        home(config) / "runs" / run_name(config),
-        config,
-        wandb_mirror(config, {"split": dataset.fingerprint, "standin": dataset.standin}, print),
-    )
+    facts = {
+        "modalities": list(dataset.modalities),
+        "split": dataset.fingerprint,
+        "standin": dataset.standin,
+        "features": {m: features_fingerprint(matrix) for m, matrix in dataset.features.items()},
+        "code": code_version(),
+    }
+    record = Record(home(config) / "runs" / run_name(config), config, [*wandb_mirror(config, facts, write), *mirrors], write)
     try:
-        return _train(config, dataset, record)
+        record.start(dataset.describe(), **facts)
+        return _train(config, dataset, record, memory or TeacherMemory())
     except BaseException as error:
         record.fail(f"{type(error).__name__}: {error}")
         raise
+    finally:
+        if config.tracking.report:
+            report_quietly(record.directory, record.write)
 
 
-def _train(config: Config, dataset: Dataset, record: Record) -> RunResult:
+def _train(config: Config, dataset: Dataset, record: Record, memory: TeacherMemory) -> RunResult:
     started = time.monotonic()
-    record.start(dataset.describe(), modalities=list(dataset.modalities), split=dataset.fingerprint)
     if dataset.standin:
         record.write(standin_notice(config))
     result = RunResult(dataset.modalities, record.directory)
     if not backbone_class(config.backbone).scores_use_features:
         record.write(no_counterfactual_notice(config.backbone))
-    fits = _pretrain(config, dataset, record, result)
+    fits = _pretrain(config, dataset, record, result, memory)
     number = max((round_number for round_number, _ in fits.values()), default=0)
     teachers = {m: fits[f"teacher/{m}"][1].trainer.soft_scores() for m in dataset.modalities if f"teacher/{m}" in fits}
     student = _distil(config, dataset, record, result, teachers, number)
     result.outcomes["student"] = _outcome(student, calibrated=config.evaluation.calibrate)
+    models = {**{role: fit.trainer.soft_scores() for role, (_, fit) in fits.items()}, "student": student.trainer.soft_scores()}
+    record.users(*rank_test_users(dataset, models, config.ks))
     record.finish(result, time.monotonic() - started)
     return result
 
 
-def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResult) -> dict[str, tuple[int, Fit]]:
+def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResult, memory: TeacherMemory) -> dict[str, tuple[int, Fit]]:
     """Phase 1: every teacher, and the plain student if asked for, to convergence; (rounds taken, fit with the best restored)."""
     roles: dict[str, tuple[str, ...]] = {f"teacher/{m}": (m,) for m in dataset.modalities} if config.distillation.enabled else {}
     if config.plain and config.distillation.enabled:
@@ -75,7 +100,7 @@ def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResul
         reports = {}
         for role, fit in fits.items():
             if not fit.done:
-                reports[role] = fit.advance(config.teacher_round)
+                reports[role] = memory.advance(config, dataset, role, fit)
                 if reports[role]:
                     reports[role][-1]["done"] = float(fit.done)
         record.pretraining_round(number, reports, time.monotonic() - started)

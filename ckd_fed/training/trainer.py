@@ -15,11 +15,12 @@ from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
 from ckd_fed.distillation.margins import teacher_margins
-from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput, PlainObjective
+from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput
 from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation.calibration import calibrate, calibration_views, combine, view_name
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
+from ckd_fed.training.balancing import Balancing
 
 Values = dict[str, float]
 METRIC = "recall@20"  # that training and every choice on validation go by
@@ -39,6 +40,7 @@ class Trainer:
         objective: of a distilled student; None trains on the backbone's own loss.
         ks: cut-offs of the metrics.
         share: (w, W): this worker's share of every epoch's steps.
+        balancing: of a plain student; None for none.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Trainer:
         objective: DistillationObjective | None = None,
         ks: Sequence[int] = (10, 20),
         share: tuple[int, int] = (0, 1),
+        balancing: Balancing | None = None,
     ) -> None:
         self.backbone = backbone
         self.dataset = dataset
@@ -59,7 +62,7 @@ class Trainer:
         self.ks = tuple(ks)
         self.share = share
         self.optimizer = torch.optim.Adam(backbone.parameters(), lr=learning_rate, fused=True)
-        self._plain = PlainObjective()
+        self.balancing = balancing or Balancing()
 
     @property
     def device(self) -> torch.device:
@@ -88,16 +91,17 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         self.backbone.train()
         self.backbone.start_epoch(epoch, self._generator(epoch))
+        self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
         for row, triples in enumerate(steps):
             ranking = _triples(triples.ranking, self.device)
             if self.objective is None or sheets is None:
-                output = self._plain(self.backbone, ranking)
+                output = self.balancing.loss(self.backbone, ranking)
             else:
                 margins = teacher_margins(sheets, row, len(ranking), like)
                 output = self.objective(self.backbone, ranking, _triples(triples.distillation, self.device), margins)
             self.optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
-            self.optimizer.step()
+            self.balancing.step(self.backbone, self.optimizer)
             _accumulate(sums, output, counterfactual=self.backbone.scores_use_features)
         values = {name: float(total) / max(1, len(steps)) for name, total in sums.items()}
         for name, value in values.items():
@@ -105,9 +109,9 @@ class Trainer:
                 raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
         return values
 
-    def _generator(self, epoch: int) -> torch.Generator:
+    def _generator(self, epoch: int, purpose: str = "ckd-epoch-1") -> torch.Generator:
         """The epoch's own randomness: the same for all workers and after a resume."""
-        return torch.Generator().manual_seed(derive_key("ckd-epoch-1", self.stream.seed, epoch) & 0x7FFFFFFFFFFFFFFF)
+        return torch.Generator().manual_seed(derive_key(purpose, self.stream.seed, epoch) & 0x7FFFFFFFFFFFFFFF)
 
     def rank(self, held_out: Interactions, view: View | None = None, share: tuple[int, int] = (0, 1)) -> RankingMetrics:
         """Ranking metrics of one view, by default the joint one, over a share of the users."""

@@ -18,7 +18,7 @@ N_USERS, N_ITEMS = 11, 17
 #: Backbones whose absent modality is its mean features and mean preference, as in CKD's published code.
 MEAN_FEATURES = ("vbpr", "mmgcn", "grcn", "egogcn")
 #: Parameters that only weigh modalities against each other.
-BETWEEN_MODALITIES: dict[str, tuple[str, ...]] = {}
+BETWEEN_MODALITIES = {"lattice": ("modal_weight",), "micro": ("query.",), "mgcn": ("query.", "preference_gate.")}
 
 
 @pytest.fixture(params=sorted(BACKBONES))

@@ -45,7 +45,7 @@ def largest_difference(ours, theirs):
 
 @pytest.mark.parametrize("backbone", sorted(BACKBONES))
 def test_three_rounds_give_the_central_student(backbone, toy, federate):
-    overrides = {**SMALL, "backbone": backbone, "distillation.margin-dtype": "float32", "plain": True}
+    overrides = {**SMALL, "backbone": backbone, "distillation.margin-dtype": "float32", "plain": True, "evaluation.calibrate": True}
     central = train(resolve(overrides, {"home": str(toy), "name": "central"}))
     result, _, _ = federate(overrides)
 
@@ -54,6 +54,8 @@ def test_three_rounds_give_the_central_student(backbone, toy, federate):
     for name, outcome in central.outcomes.items():
         assert result.outcomes[name].best_epoch == outcome.best_epoch, name
         assert result.outcomes[name].test == pytest.approx(outcome.test, abs=1e-12), name
+        assert result.outcomes[name].readout == pytest.approx(outcome.readout, rel=1e-4, abs=1e-6), name
+        assert ("calibrated/recall@20" in outcome.test) == (name in ("plain", "student"))
     rounds = [[row for row in read_rows(toy / "runs" / run / "metrics.jsonl") if row["event"] == "round"] for run in ("fed", "central")]
     for federated, alone in zip(*rounds, strict=True):
         for key in alone:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ckd_fed.backbones import BACKBONES
+from ckd_fed.backbones.base import Triples
 from ckd_fed.backbones.build import build_backbone
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.triples import TripleStream
@@ -23,8 +24,9 @@ B, K = 8, 12
 KS = (10, 20)
 
 
-@pytest.fixture(params=sorted(BACKBONES))
+@pytest.fixture(params=["bm3", "freedom", "lattice", "mmgcn", "vbpr"])
 def backbone_name(request):
+    """Two plain backbones, and one each with dropout, a graph drawn every epoch and a graph learned every epoch."""
     return request.param
 
 
@@ -65,8 +67,10 @@ def assert_equal_bits(a, b):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_fit_equals_a_loop_by_hand(make_trainer, sheets, problem, distilled):
+def test_fit_equals_a_loop_by_hand(make_trainer, backbone_name, sheets, problem, distilled):
     """The step written out from the tables of all views, in float64, and torch's Adam in its plain form."""
+    if backbone_name not in ("vbpr", "mmgcn"):
+        pytest.skip("it is trained by more than BPR and L2; the suite of backbones holds its losses against its tables")
     trainer = make_trainer(distilled=distilled, dtype=torch.float64)
     model = copy.deepcopy(trainer.backbone)
     Fit(trainer, max_epochs=3, validate_every=2, patience=10).advance(sheets=sheets if distilled else None)
@@ -233,15 +237,20 @@ def test_rows_hold_the_training_means_and_all_metrics(make_trainer, sheets):
     epochs = [twin.train_epoch(epoch, sheets(twin.stream.epoch(epoch))) for epoch in range(2)]
     for key in epochs[0]:
         assert row[key] == pytest.approx((epochs[0][key] + epochs[1][key]) / 2, rel=1e-12)
-    modalities = trainer.backbone.modalities
-    wanted = {f"{part}/{m}" for part in ("effect", "effect_share", "weight", "specific", "generic") for m in modalities}
-    wanted |= {f"loss/{part}" for part in ("total", "bpr", "l2", "kd")}
-    wanted |= {f"{prefix}{name}@{k}" for prefix in ("val/", *(f"only/{m}/" for m in modalities)) for name in ("recall", "ndcg") for k in KS}
+    modalities, own = trainer.backbone.modalities, set(twin.backbone.step(Triples(*torch.zeros(3, 1, dtype=torch.int64))).loss_terms)
+    counterfactual = {f"{part}/{m}" for part in ("effect", "effect_share", "weight") for m in modalities}
+    counterfactual |= {f"only/{m}/{name}@{k}" for m in modalities for name in ("recall", "ndcg") for k in KS}
+    wanted = {f"{part}/{m}" for part in ("specific", "generic") for m in modalities}
+    wanted |= {f"loss/{part}" for part in ("total", "kd", *own)} | {f"val/{name}@{k}" for name in ("recall", "ndcg") for k in KS}
     assert wanted <= set(row)
+    assert row["loss/total"] == pytest.approx(row["loss/kd"] + sum(row[f"loss/{part}"] for part in own), rel=1e-5)
+    assert row["val/recall@20"] == twin.rank(twin.dataset.val).compute()["recall@20"]
+    if not trainer.backbone.scores_use_features:
+        assert not counterfactual & set(row)
+        return
+    assert counterfactual <= set(row)
     assert sum(row[f"effect_share/{m}"] for m in modalities) == pytest.approx(1)
     assert sum(row[f"weight/{m}"] for m in modalities) == pytest.approx(3, rel=1e-5)
-    assert row["loss/total"] == pytest.approx(row["loss/bpr"] + row["loss/l2"] + row["loss/kd"], rel=1e-5)
-    assert row["val/recall@20"] == twin.rank(twin.dataset.val).compute()["recall@20"]
     only = twin.rank(twin.dataset.val, twin.backbone.only("text")).compute()
     assert row["only/text/recall@20"] == only["recall@20"]
 
@@ -335,12 +344,13 @@ def toy(interactions, tmp_path):
     return Dataset("toy", tmp_path, **parts, features=features, masks={})
 
 
-def test_learns_a_toy_with_an_obvious_answer(toy, backbone_name):
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_learns_a_toy_with_an_obvious_answer(toy, name):
     """Teachers, then a student distilled from them: all find the group, the student by every view."""
 
     def fit(modalities, *, seed, sheets=None):
         features = {m: toy.features[m] for m in modalities}
-        backbone = build_backbone(backbone_name, toy.train, features, {"embedding_dim": 8}, seed=seed)
+        backbone = build_backbone(name, toy.train, features, {"embedding_dim": 8}, seed=seed)
         stream = TripleStream(toy.train, toy.fingerprint, 1, 60, 100 if sheets else 0)
         objective = DistillationObjective() if sheets else None
         trainer = Trainer(backbone, toy, stream, learning_rate=0.03, objective=objective, ks=KS)
@@ -356,5 +366,6 @@ def test_learns_a_toy_with_an_obvious_answer(toy, backbone_name):
     for trainer in (*teachers.values(), student):
         assert trainer.rank(toy.test).compute()["recall@10"] > 0.85  # chance: 0.19
     values = student.diagnose(toy.test).compute()
-    assert values["only/a/recall@10"] > 0.4
-    assert values["only/b/recall@10"] > 0.4
+    if name != "bm3":  # its views are all the joint one
+        assert values["only/a/recall@10"] > 0.4
+        assert values["only/b/recall@10"] > 0.4

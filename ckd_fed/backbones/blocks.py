@@ -1,0 +1,61 @@
+"""Backbones whose embeddings are concatenations of blocks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ckd_fed.backbones.base import Backbone, Embeddings, Gather, Pass, RankingBatch, StepOutput, Triples, View, margin
+
+
+class BlockBackbone(Backbone):
+    """A backbone that computes its tables block by block; views may share blocks.
+
+    A subclass implements :meth:`blocks` in place of ``forward``. A step gathers the rows of each block once, whatever the number of
+    views with it, and sums margins over blocks: the wide tables, whose gradients would be as wide, are never laid out.
+    """
+
+    @abstractmethod
+    def blocks(self, views: Sequence[View]) -> Mapping[View, Sequence[Embeddings]]:
+        """Blocks of each view, in their order; a block that several views share is one object."""
+
+    def forward(self, views: Sequence[View]) -> Pass:
+        """Full tables, ``(n, sum of the blocks' widths)``."""
+        return Pass(
+            {
+                view: Embeddings(torch.cat([block.users for block in blocks], dim=1), torch.cat([block.items for block in blocks], dim=1))
+                for view, blocks in self.blocks(views).items()
+            }
+        )
+
+    def step(
+        self,
+        ranking: Triples,
+        ranking_views: Sequence[View] = (),
+        distillation: Triples | None = None,
+        distillation_views: Sequence[View] = (),
+    ) -> StepOutput:
+        """As :meth:`Backbone.step`, block by block."""
+        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
+        distillation_views = list(distillation_views) if distillation is not None else []
+        views = self.blocks(list(dict.fromkeys([*ranking_views, *distillation_views])))
+        gather = Gather(ranking, distillation)
+        rows: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # block -> its rows, batch by batch
+        margins: dict[int, list[Tensor]] = {}
+        for block in (block for blocks in views.values() for block in blocks):
+            if id(block) not in rows:
+                rows[id(block)] = gather.split(F.embedding(gather.users, block.users), F.embedding(gather.items, block.items))
+                margins[id(block)] = [margin(*batch) for batch in rows[id(block)]]
+        output = StepOutput({}, {}, {})
+        for view, blocks in views.items():
+            if view in ranking_views:
+                output.ranking[view] = torch.stack([margins[id(block)][0] for block in blocks]).sum(0)
+            if view in distillation_views:
+                output.distillation[view] = torch.stack([margins[id(block)][1] for block in blocks]).sum(0)
+        user, first, second = (torch.cat(part, dim=1) for part in zip(*(rows[id(block)][0] for block in views[self.joint]), strict=True))
+        output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[self.joint], user, first, second))
+        return output

@@ -1,0 +1,137 @@
+r"""MGCN: purified modality features over item graphs, fused by attention on both sides.
+
+Yu, Tan, Lu, Bao. "Multi-View Graph Convolutional Network for Multimedia Recommendation". ACM MM 2023, arXiv:2308.03588.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View
+from ckd_fed.backbones.contrastive import checked_temperature, info_nce
+from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
+from ckd_fed.backbones.item_graph import ItemGraphBackbone, frozen_nearest, normalise, total
+from ckd_fed.data.interactions import Interactions
+
+State = tuple[str, bool]  # a modality, present or absent
+
+
+class MGCN(ItemGraphBackbone):
+    r"""LightGCN over users and items, plus what the modalities have in common and what is special in each, gated by behaviour.
+
+    .. math::
+        c = \mathrm{LGN}([u; t]), \quad x_m = S_m^L \big(t \circ \sigma(G_m f_m)\big), \quad f_m = W_m e_m + b_m, \quad Z_m = [R\,x_m; x_m]
+
+    .. math::
+        o = \sum_m \alpha_m Z_m, \quad s = \frac{1}{|M| + 1}\Big(\sum_m \sigma(G'_m c) \circ (Z_m - o) + o\Big), \quad e = c + s
+
+    S_m are the k nearest items by features, weighted by cosine similarity, normalised and frozen; R is the user-item block of the
+    symmetrically normalised adjacency; :math:`\alpha = \mathrm{softmax}_m\, w \cdot \tanh(W Z_m + b)`, row by row of users and items; G_m and G'_m
+    are linear maps with bias. The loss is BPR, L2 and
+
+    .. math:: \gamma\,\big(\mathrm{InfoNCE}(s_i, c_i) + \mathrm{InfoNCE}(s_u, c_u)\big)
+
+    over the batch's positive items and its users (:func:`~ckd_fed.backbones.contrastive.info_nce`).
+
+    An absent modality's S_m is uniform (1/N) and its e_m the mean, so x_m is the mean item embedding behind one gate, the same for every
+    item; users get R times that. Attention and gates are computed from it. Users differ from view to view.
+
+    The published model has two modalities and divides by three; here by the number of modalities and one. With a single modality
+    o = Z_m, so the attention and G' have no effect and s = Z_m / 2. There is one published implementation, the authors' (also in MMRec).
+
+    Args:
+        train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
+        embedding_dim: width d.
+        neighbours: k.
+        n_item_layers, n_ui_layers: L over the item graphs, and layers over the user-item graph.
+        contrastive_weight, temperature: gamma, and the temperature of InfoNCE.
+
+    Shapes:
+        embeddings ``(n, embedding_dim)``.
+    """
+
+    def __init__(
+        self,
+        train: Interactions,
+        features: Mapping[str, Tensor],
+        *,
+        embedding_dim: int = 64,
+        l2: float = 1e-4,
+        neighbours: int = 10,
+        n_item_layers: int = 1,
+        n_ui_layers: int = 2,
+        contrastive_weight: float = 0.01,
+        temperature: float = 0.2,
+    ) -> None:
+        super().__init__(train, features, embedding_dim=embedding_dim, l2=l2)
+        self.n_item_layers, self.n_ui_layers = n_item_layers, n_ui_layers
+        self.contrastive_weight, self.temperature = contrastive_weight, checked_temperature(temperature)
+        self.query = nn.Sequential(nn.Linear(embedding_dim, embedding_dim), nn.Tanh(), nn.Linear(embedding_dim, 1, bias=False))
+        self.gate = nn.ModuleDict({m: nn.Linear(embedding_dim, embedding_dim) for m in self.modalities})
+        self.preference_gate = nn.ModuleDict({m: nn.Linear(embedding_dim, embedding_dim) for m in self.modalities})
+        dtype = next(iter(features.values())).dtype
+        adjacency = symmetric_normalised_adjacency(train)
+        self.propagate = Propagation(adjacency, dtype)
+        to_users = adjacency[: self.n_users, self.n_users :]
+        self.to_users = Propagation(to_users, dtype)
+        self.register_buffer("user_share", torch.from_numpy(np.asarray(to_users.sum(axis=1)).reshape(-1, 1)).to(dtype), persistent=False)
+        self.item_graph = nn.ModuleDict({m: Propagation(normalise(frozen_nearest(x, neighbours)).to_scipy(), dtype) for m, x in features.items()})
+        self.reset_parameters()
+
+    @property
+    def dense_work(self) -> float:
+        d = self.item_embedding.shape[1]
+        return float(sum(self.features(m).numel() * d + (3 * self.n_users + 4 * self.n_items) * d * d for m in self.modalities))
+
+    def forward(self, views: Sequence[View]) -> Pass:
+        """Full tables; ``parts`` are c and s of the joint view."""
+        behaviour = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_ui_layers)
+        states = {(m, present): self._state(m, present) for m in self.modalities for present in (True, False) if wanted(views, m, present)}
+        scores = {key: self.query(z) for key, z in states.items()}  # (n_users + n_items, 1)
+        gates = {m: self.preference_gate[m](behaviour).sigmoid() for m in self.modalities}
+        tables, parts = {}, {}
+        for view in views:
+            shares = torch.cat([scores[m, m in view] for m in self.modalities], 1).softmax(1).split(1, dim=1)
+            contents = {m: states[m, m in view] for m in self.modalities}
+            common = total(a * contents[m] for m, a in zip(self.modalities, shares, strict=True))
+            special = total(gates[m] * (contents[m] - common) for m in self.modalities)
+            side = (special + common) / (len(self.modalities) + 1)
+            tables[view] = Embeddings(*self._split(behaviour + side))
+            if view == self.joint:
+                for name, table in (("side", side), ("behaviour", behaviour)):
+                    parts[f"{name}_users"], parts[f"{name}_items"] = self._split(table)
+        return Pass(tables, parts)
+
+    def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
+        """BPR, L2, and the side of the batch's users and positive items against their behaviour."""
+        pairs = []
+        for kind, index in (("users", batch.triples.users), ("items", batch.triples.first)):
+            side, behaviour = (F.embedding(index, batch.parts[f"{name}_{kind}"]) for name in ("side", "behaviour"))
+            pairs.append(info_nce(side, behaviour, self.temperature))
+        return {**super().losses(batch), "contrastive": self.contrastive_weight * torch.stack(pairs).sum()}
+
+    def _state(self, modality: str, present: bool) -> Tensor:
+        """Z_m, ``(n_users + n_items, d)``."""
+        linear, gate = self.projection[modality], self.gate[modality]
+        if present:
+            x = self.item_embedding * gate(linear(self.trained_features(modality))).sigmoid()
+            for _ in range(self.n_item_layers):
+                x = self.item_graph[modality](x)
+            return torch.cat([self.to_users(x), x])
+        mean = self.item_embedding.mean(0) * gate(linear(self.trained_features(modality).mean(0))).sigmoid()  # (d,)
+        return torch.cat([self.get_buffer("user_share") * mean, mean.expand(self.n_items, -1)])
+
+    def _split(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Users and items, as torch.split gives them: their gradients are joined by one concatenation."""
+        users, items = table.split([self.n_users, self.n_items])
+        return users, items
+
+
+def wanted(views: Sequence[View], modality: str, present: bool) -> bool:
+    """Whether some view has the modality present, or absent."""
+    return any((modality in view) is present for view in views)

@@ -1,0 +1,62 @@
+"""``ckd-fed recommend`` and ``export``: use what a run has trained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add this family to the command's sub-parsers."""
+    recommend = commands.add_parser("recommend", help="a run's recommendations for a user, and which modality speaks for each")
+    recommend.add_argument("run", metavar="RUN", help="name of a run, or its folder")
+    recommend.add_argument("--user", type=int, required=True, metavar="U", help="the user's id")
+    recommend.add_argument("--k", type=int, default=20, help="items at most (by default 20)")
+    recommend.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    recommend.set_defaults(action=_recommend)
+    export = commands.add_parser("export", help="write a run's embeddings (safetensors) and ranked lists (JSON lines)")
+    export.add_argument("run", metavar="RUN", help="name of a run, or its folder")
+    export.add_argument("--output", metavar="DIR", help="folder to write to; by default export/ in the run's folder")
+    export.add_argument("--k", type=int, default=20, help="items a user (by default 20)")
+    export.set_defaults(action=_export)
+
+
+def _recommend(arguments: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ckd_fed.analysis.history import read_history
+    from ckd_fed.analysis.locate import find_run
+    from ckd_fed.analysis.recommend import recommend
+    from ckd_fed.analysis.student import load_student
+
+    student = load_student(read_history(find_run(arguments.run)))
+    found = recommend(student, arguments.user, arguments.k)
+    if arguments.json:
+        for one in found:
+            print(json.dumps({"item": one.item, "margin": one.margin, "contributions": one.contributions, "speaks": one.speaks}))
+        return
+    table = Table(title=f"user {arguments.user}: {len(found)} items, training and validation items left out", title_justify="left")
+    for column in ("rank", "item", "margin", *student.backbone.modalities, "speaks for it"):
+        table.add_column(column, justify="left" if column == "speaks for it" else "right")
+    for rank, one in enumerate(found, start=1):
+        added = [f"{one.contributions[m]:+.3f}" for m in student.backbone.modalities]
+        table.add_row(str(rank), str(one.item), f"{one.margin:.3f}", *added, one.speaks)
+    Console(width=None if Console().is_terminal else 110).print(table)
+    print("margin: how much the item is preferred to the user's average item; under a modality: how much of it goes when the modality is absent.")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ckd_fed.analysis.export import export
+    from ckd_fed.analysis.history import read_history
+    from ckd_fed.analysis.locate import find_run
+    from ckd_fed.analysis.student import load_student
+
+    directory = find_run(arguments.run)
+    history = read_history(directory)
+    folder = Path(arguments.output).expanduser() if arguments.output else directory / "export"
+    for path in export(load_student(history), history, folder, arguments.k):
+        print(path)

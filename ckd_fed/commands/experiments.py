@@ -1,0 +1,97 @@
+"""``ckd-fed sweep``: many runs by recipe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any, override: argparse.ArgumentParser) -> None:
+    """Add this family to the command's sub-parsers; ``override`` brings -c."""
+    sweep = commands.add_parser("sweep", parents=[override], help="run a recipe over datasets, backbones and seeds; can be broken off and taken up")
+    sweep.add_argument(
+        "recipe", metavar="RECIPE", help="a file in configs/sweeps or configs/recipes, by name (ablations, sensitivity, …), or a YAML file"
+    )
+    sweep.add_argument("--dataset", action="append", metavar="NAME", help="may be repeated (by default baby)")
+    sweep.add_argument("--backbone", action="append", metavar="NAME", help="may be repeated (by default vbpr)")
+    sweep.add_argument("--seeds", default="123,2024,7", help="comma-separated (by default 123,2024,7)")
+    sweep.add_argument("--output", metavar="DIR", help="folder of table and figure; by default sweeps/<recipe> beside the runs")
+    sweep.add_argument("--dry-run", action="store_true", help="only list the runs")
+    sweep.set_defaults(action=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ckd_fed.analysis.locate import runs_directory
+    from ckd_fed.cli import parse_overrides
+    from ckd_fed.errors import CkdError, ConfigError
+    from ckd_fed.experiments.recipe import Job, jobs, read_sweep
+
+    recipe = read_sweep(arguments.recipe)
+    try:
+        seeds = list(dict.fromkeys(int(seed) for seed in arguments.seeds.split(",")))
+    except ValueError:
+        raise ConfigError(f"--seeds is {arguments.seeds!r}; whole numbers separated by commas are needed, for example 123,2024,7") from None
+    overrides = {"tracking.report": False, **parse_overrides(arguments.config)}
+    fixed = sorted({"dataset", "backbone", "seed", "name", "home"} & set(overrides))
+    if fixed:
+        raise ConfigError(
+            f"-c sets {', '.join(fixed)}; a sweep takes --dataset, --backbone and --seeds, names its runs itself, and uses $CKD_FED_HOME"
+        )
+    planned = jobs(recipe, arguments.dataset or ["baby"], arguments.backbone or ["vbpr"], seeds, overrides)
+    if arguments.dry_run:
+        for job in planned:
+            print(job.run)
+        return
+
+    from ckd_fed.experiments.summary import summarise, table_rows, write_summary
+    from ckd_fed.experiments.sweep import run_jobs
+
+    console = Console(width=None if Console().is_terminal else 220)
+    failed: dict[Job, str] = {}
+
+    def work(advance: Callable[[Job, str], None], write: Callable[[str], None]) -> Any:
+        def done(job: Job, how: str) -> None:
+            if how.startswith("failed"):
+                failed[job] = how
+            advance(job, how)
+
+        return run_jobs(planned, done, write)
+
+    found = _with_progress(console, len(planned), work)
+    if found:
+        lines = summarise(recipe, found)
+        header, rows = table_rows(lines)
+        table = Table(title=recipe.title, title_justify="left")
+        for column in header:
+            table.add_column(column, justify="left" if column in ("dataset", "backbone", "variant") else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        folder = Path(arguments.output).expanduser() if arguments.output else runs_directory().parent / "sweeps" / recipe.name
+        for path in write_summary(recipe, lines, folder):
+            print(path)
+    if failed:
+        raise CkdError(f"{len(failed)} of {len(planned)} runs failed: " + "; ".join(f"{job.run} ({how})" for job, how in failed.items()))
+
+
+def _with_progress(console: Any, total: int, work: Callable[[Callable[[Any, str], None], Callable[[str], None]], Any]) -> Any:
+    """A bar with the time left on a terminal, a line a run elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    if not console.is_terminal:
+        count = iter(range(1, total + 1))
+        return work(lambda job, how: print(f"{next(count)}/{total} {job.run}: {how}", flush=True), lambda line: print(line, flush=True))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("sweep", total=total)
+
+        def advance(job: Any, how: str) -> None:
+            progress.console.print(f"{job.run}: {how}")
+            progress.advance(bar)
+
+        return work(advance, progress.console.print)

@@ -1,0 +1,1 @@
+"""Experiments: many runs by recipe, ending in one table and one figure."""

@@ -1,0 +1,110 @@
+"""Runs listed, found again and compared user by user."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ckd_fed.analysis.compare import compare, holm, paired, read_entry
+from ckd_fed.analysis.users import load_users
+from ckd_fed.cli import main
+from ckd_fed.errors import ConfigError, DataError
+from ckd_fed.tracking.record import read_rows
+
+
+def test_the_users_file_holds_what_the_final_row_averages(runs):
+    folder = runs("one") / "one"
+    table, final = load_users(folder / "test_users.npz"), read_rows(folder / "metrics.jsonl")[-1]
+    assert {name.rpartition("/")[0] for name in table.values} == {"teacher/image", "teacher/text", "plain", "student"}
+    for name, values in table.values.items():
+        model, _, metric = name.rpartition("/")
+        assert values.mean() == pytest.approx(final[f"final/{model}/test/{metric}"], abs=1e-6)
+    assert read_rows(folder / "metrics.jsonl")[-2]["event"] == "groups"
+
+
+def test_a_run_without_the_file_is_tested_again_from_its_best_student(runs):
+    """As a federated run is, whose server has no data."""
+    file = runs("one") / "one" / "test_users.npz"
+    before = load_users(file)
+    file.unlink()
+    entry = read_entry("one")
+    np.testing.assert_allclose(entry.values("recall@20"), before.values["student/recall@20"], atol=1e-7)
+    assert load_users(file).split == before.split
+
+
+def test_difference_interval_and_p_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    base, values = rng.random(50), rng.random(50) + 0.1
+    mean, low, high, p = paired(values, base)
+    expected = stats.ttest_rel(values, base)
+    assert (mean, p) == pytest.approx((float((values - base).mean()), float(expected.pvalue)))
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert paired(base, base) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_model_against_another_of_the_same_run(runs):
+    runs("one", "two")
+    found = compare([read_entry(name) for name in ("one:plain", "one", "two:teacher/text")], "ndcg@10")
+    assert [entry.label for entry in found] == ["one:plain", "one", "two:teacher/text"]
+    assert found[1].mean - found[0].mean == pytest.approx(found[1].difference)
+    assert found[1].low <= found[1].difference <= found[1].high
+    assert all(entry.n == 60 for entry in found)
+
+
+def test_what_cannot_be_compared_is_said(runs, tmp_path, write_dataset, refuses):
+    runs("one")
+    other = write_dataset("other", n_users=50, n_items=40, seed=5)
+    runs("two", data__dir=str(other))
+    refuses(DataError, lambda: compare([read_entry("one"), read_entry("two")], "recall@20"), "different splits", "two", "one")
+    refuses(ConfigError, lambda: read_entry("one:plian"), "did you mean 'plain'")
+    refuses(ConfigError, lambda: read_entry("one").values("recall@5"), "recall@5", "choices")
+    refuses(DataError, lambda: read_entry("three"), "unknown run 'three'", "one, two")
+    file = tmp_path / "runs" / "one" / "test_users.npz"
+    file.write_bytes(file.read_bytes()[:100])
+    refuses(DataError, lambda: read_entry("one"), "damaged", file)
+    file.unlink()
+    (tmp_path / "runs" / "one" / "checkpoints" / "best.safetensors").unlink()
+    refuses(DataError, lambda: read_entry("one"), "best.safetensors")
+
+
+def test_another_split_in_the_place_of_the_runs_own_is_told(runs, tmp_path, write_dataset, refuses):
+    import shutil
+
+    file = runs("one") / "one" / "test_users.npz"
+    file.unlink()
+    shutil.rmtree(tmp_path / "data" / "toy")
+    write_dataset("data/toy", n_users=60, n_items=40, seed=9)
+    refuses(DataError, lambda: read_entry("one"), "another split")
+
+
+def test_the_commands(runs, tmp_path, capsys):
+    folder = runs("one", "two")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "metrics.jsonl").write_text("nonsense\n")
+    capsys.readouterr()
+    main(["runs"])
+    listed = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:]] for line in capsys.readouterr().out.splitlines() if "│" in line
+    }
+    final = read_rows(folder / "one" / "metrics.jsonl")[-1]
+    assert listed["one"][:5] == [
+        "toy",
+        "vbpr",
+        "finished",
+        f"{final['final/student/val/recall@20']:.4f}",
+        f"{final['final/student/test/recall@20']:.4f}",
+    ]
+    assert listed["broken"][2] == "damaged"
+    main(["compare", "one:plain", "one", "two", "--plot", str(tmp_path / "out.png")])
+    shown = capsys.readouterr().out
+    assert f"{final['final/plain/test/recall@20']:.4f}" in shown
+    assert "p (Holm)" in shown
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        main(["compare", "one"])
+    assert "at least two runs" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""Recommendations and exports agree with the student's own scores, view by view."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from ckd_fed.analysis.export import export
+from ckd_fed.analysis.history import read_history
+from ckd_fed.analysis.recommend import IDS, Recommendation, recommend, seen_items
+from ckd_fed.analysis.student import load_student
+from ckd_fed.cli import main
+from ckd_fed.errors import ConfigError
+
+
+@pytest.fixture
+def trained(runs):
+    def load(name="one", **overrides):
+        history = read_history(runs(name, **overrides) / name)
+        return load_student(history), history
+
+    return load
+
+
+def scores(student, view):
+    """Scores from full tables, ``(n_users, n_items)``: what the views' own definition gives, nothing left out."""
+    with torch.no_grad():
+        tables = student.backbone.embed([view])[view]
+        return (tables.users @ tables.items.T).double().numpy()
+
+
+@pytest.mark.parametrize("backbone", ["vbpr", "mmgcn"])
+@pytest.mark.parametrize("modalities", ["image,text", "image,text,audio"])
+def test_items_margins_and_contributions_are_those_of_the_views(backbone, modalities, trained):
+    student, _ = trained(backbone=backbone, data__modalities=modalities)
+    user, joint = 7, scores(student, student.backbone.joint)
+    seen = seen_items(student.dataset)
+    order = [item for item in np.argsort(-joint[user], kind="stable") if not seen.contains(np.array([user]), np.array([item]))[0]]
+    found = recommend(student, user, 10)
+    assert [one.item for one in found] == order[:10]
+    for one in found:
+        assert one.margin == pytest.approx(joint[user, one.item] - joint[user].mean(), abs=1e-5)
+        assert set(one.contributions) == set(modalities.split(","))
+        for m, added in one.contributions.items():
+            without = scores(student, student.backbone.without(m))
+            assert added == pytest.approx(one.margin - (without[user, one.item] - without[user].mean()), abs=1e-5)
+
+
+def test_who_speaks_for_an_item():
+    assert Recommendation(1, 1.0, {"image": 0.2, "text": 0.5}).speaks == "text"
+    assert Recommendation(1, 1.0, {"image": -0.2, "text": -0.1}).speaks == IDS
+
+
+def test_a_list_ends_where_nothing_unseen_is_left(trained):
+    student, _ = trained()
+    found = recommend(student, 3, 1000)
+    seen = seen_items(student.dataset)
+    assert len(found) == student.dataset.n_items - seen.degree[3]
+    assert not seen.contains(np.array([3]), np.array([one.item for one in found])).any()
+
+
+def test_users_that_are_not_there_and_empty_lists_are_refused(trained, refuses):
+    student, history = trained()
+    for user in (-1, 60):
+        refuses(ConfigError, lambda user=user: recommend(student, user, 5), f"user is {user}", "0 to 59")
+    refuses(ConfigError, lambda: recommend(student, 0, 0), "k is 0")
+    refuses(ConfigError, lambda: export(student, history, history.directory, 0), "k is 0")
+
+
+def test_an_export_holds_every_view_and_every_users_list(trained, tmp_path):
+    student, history = trained()
+    embeddings, lists = export(student, history, tmp_path / "out", 5)
+    with safe_open(embeddings, framework="numpy") as file:
+        assert set(file.keys()) == {f"{view}/{side}" for view in ("joint", "only/image", "only/text") for side in ("users", "items")}
+        users, items = file.get_tensor("joint/users"), file.get_tensor("joint/items")
+        assert file.metadata()["split"] == student.dataset.fingerprint
+    rows = [json.loads(line) for line in lists.read_text().splitlines()]
+    assert [row["user"] for row in rows] == list(range(60))
+    for row in rows:
+        assert row["items"] == [one.item for one in recommend(student, row["user"], 5)]
+        np.testing.assert_allclose(row["scores"], users[row["user"]] @ items[row["items"]].T, atol=1e-5)
+
+
+def test_the_commands(trained, capsys):
+    student, history = trained()
+    capsys.readouterr()
+    main(["recommend", "one", "--user", "4", "--k", "3", "--json"])
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["item"] for row in shown] == [one.item for one in recommend(student, 4, 3)]
+    main(["recommend", "one", "--user", "4", "--k", "3"])
+    table = capsys.readouterr().out
+    assert all(f" {row['item']} " in table for row in shown)
+    main(["export", "one"])
+    assert capsys.readouterr().out.split() == [str(history.directory / "export" / name) for name in ("embeddings.safetensors", "top_items.jsonl")]

@@ -1,0 +1,108 @@
+"""What only MGCN promises: gated content on both sides in any view, and its contrast within a batch."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from ckd_fed.backbones.base import Triples
+from ckd_fed.backbones.build import build_backbone
+from ckd_fed.backbones.contrastive import info_nce
+from ckd_fed.backbones.graph import symmetric_normalised_adjacency
+from ckd_fed.errors import ConfigError
+
+N_USERS, N_ITEMS, K = 9, 15, 4
+
+
+@pytest.fixture
+def train(random_interactions):
+    return random_interactions(N_USERS, N_ITEMS, low=0)
+
+
+@pytest.fixture
+def build(train, random_features):
+    def make(n_modalities=3, features=None, **options):
+        features = random_features(N_ITEMS, n_modalities) if features is None else features
+        model = build_backbone("mgcn", train, features, {"embedding_dim": 4, "neighbours": K, **options}, seed=0, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in model.drift.values():
+                parameter.normal_(std=0.7, generator=torch.Generator().manual_seed(1))
+        return model
+
+    return make
+
+
+def frozen_by_hand(x):
+    similarity = normalize(x) @ normalize(x).T
+    top = torch.topk(similarity, K)
+    s = torch.zeros_like(similarity).scatter(1, top.indices, top.values)
+    root = s.sum(1).pow(-0.5)
+    return root[:, None] * s * root
+
+
+def by_hand(model, train, present):
+    """Behaviour and side of a view, in dense products; mean features and a uniform graph stand for an absent modality."""
+    adjacency = torch.from_numpy(symmetric_normalised_adjacency(train).toarray())
+    ids = torch.cat([model.user_embedding, model.item_embedding])
+    behaviour = (ids + adjacency @ ids + adjacency @ adjacency @ ids) / 3
+    contents = []
+    for m in model.modalities:
+        features = model.features(m) + model.drift[m]
+        graph = frozen_by_hand(model.features(m))
+        if m not in present:
+            features, graph = features.mean(0).expand_as(features), torch.full_like(graph, 1 / N_ITEMS)
+        x = graph @ graph @ (model.item_embedding * torch.sigmoid(model.gate[m](model.projection[m](features))))
+        contents.append(torch.cat([adjacency[:N_USERS, N_USERS:] @ x, x]))
+    scores = torch.stack([model.query[2](torch.tanh(model.query[0](z))) for z in contents])
+    common = (scores.softmax(0) * torch.stack(contents)).sum(0)
+    special = sum(torch.sigmoid(model.preference_gate[m](behaviour)) * (z - common) for m, z in zip(model.modalities, contents, strict=True))
+    return behaviour, (special + common) / (len(model.modalities) + 1)
+
+
+def triples(n=12):
+    generator = torch.Generator().manual_seed(2)
+    return Triples(*(torch.randint(bound, (n,), generator=generator) for bound in (N_USERS, N_ITEMS, N_ITEMS)))
+
+
+@pytest.mark.parametrize("present", [(), ("text",), ("image", "audio"), ("image", "text", "audio")], ids=str)
+def test_tables_and_gradients_of_any_view(build, train, present):
+    model, view = build(n_item_layers=2), frozenset(present)
+
+    def gradients(table):
+        model.zero_grad()
+        table.sin().sum().backward()
+        return {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = sum(by_hand(model, train, present))
+    found = torch.cat(model.embed([model.joint, view])[view])
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    ours, theirs = gradients(found), gradients(expected)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours.get(key, torch.zeros_like(value)), value, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_losses_are_those_written_out(build, train):
+    model, batch = build(2, n_item_layers=2, contrastive_weight=0.3, temperature=0.4), triples()
+    terms = model.step(batch, [model.only("image")]).loss_terms
+    assert set(terms) == {"bpr", "l2", "contrastive"}
+    behaviour, side = by_hand(model, train, model.joint)
+    expected = 0.3 * sum(info_nce(side[index], behaviour[index], 0.4) for index in (batch.users, batch.first + N_USERS))
+    torch.testing.assert_close(terms["contrastive"], expected, rtol=1e-11, atol=1e-13)
+
+
+def test_a_teachers_side_is_half_its_content(build, train):
+    model = build(1)
+    (users, items), behaviour = model.embed([model.joint])[model.joint], by_hand(model, train, model.joint)[0]
+    content = model._state("image", True)
+    torch.testing.assert_close(torch.cat([users, items]), behaviour + content / 2, rtol=1e-11, atol=1e-13)
+
+
+def test_a_row_of_zeros_poisons_nothing(build, random_features):
+    features = random_features(N_ITEMS)
+    features["text"][3] = 0
+    model = build(features=features)
+    sum(model.step(triples(), [model.only("text"), model.only("image")]).loss_terms.values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_impossible_options(build, refuses):
+    refuses(ConfigError, lambda: build(temperature=0.0), "temperature", 0.0)

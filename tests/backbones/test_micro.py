@@ -1,0 +1,141 @@
+"""What only MICRO promises: attention over modalities in any view, graphs kept for an epoch, the contrast."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from ckd_fed.backbones import micro
+from ckd_fed.backbones.base import Triples
+from ckd_fed.backbones.build import build_backbone
+from ckd_fed.backbones.contrastive import catalogue_contrast
+from ckd_fed.backbones.graph import row_normalised_adjacency
+from ckd_fed.errors import ConfigError
+
+N_USERS, N_ITEMS, K = 9, 15, 4
+
+
+@pytest.fixture
+def train(random_interactions):
+    return random_interactions(N_USERS, N_ITEMS, low=0)
+
+
+@pytest.fixture
+def build(train, random_features):
+    def make(n_modalities=3, features=None, **options):
+        features = random_features(N_ITEMS, n_modalities) if features is None else features
+        model = build_backbone("micro", train, features, {"embedding_dim": 4, "neighbours": K, **options}, seed=0, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in model.drift.values():
+                parameter.normal_(std=0.7, generator=torch.Generator().manual_seed(1))
+        return model
+
+    return make
+
+
+def nearest_by_hand(x):
+    similarity = normalize(x) @ normalize(x).T
+    top = torch.topk(similarity, K)
+    return torch.zeros_like(similarity).scatter(1, top.indices, top.values)
+
+
+def norm(s, kind):
+    root = s.sum(1).pow(-0.5)
+    return root[:, None] * s * root if kind == "sym" else s / s.sum(1, keepdim=True)
+
+
+def by_hand(model, train, present):
+    """Users, items, h, and z_m of a view, in dense products."""
+    adjacency = torch.from_numpy(row_normalised_adjacency(train).toarray())
+    ids = torch.cat([model.user_embedding, model.item_embedding])
+    mean = (ids + adjacency @ ids + adjacency @ adjacency @ ids) / 3
+    z = {}
+    for m in model.modalities:
+        graph = torch.full((N_ITEMS, N_ITEMS), 1 / N_ITEMS, dtype=torch.float64)
+        if m in present:
+            learned = nearest_by_hand(model.projection[m](model.features(m) + model.drift[m]))
+            learned, frozen = (norm(s, model.normalisation) for s in (learned, nearest_by_hand(model.features(m))))
+            graph = (1 - model.frozen_share) * learned + model.frozen_share * frozen
+        z[m] = graph @ graph @ model.item_embedding
+    scores = torch.stack([model.query[2](torch.tanh(model.query[0](x))) for x in z.values()])
+    h = (scores.softmax(0) * torch.stack(list(z.values()))).sum(0)
+    return mean[:N_USERS], mean[N_USERS:] + normalize(h), h, z
+
+
+def triples(n=12):
+    generator = torch.Generator().manual_seed(2)
+    return Triples(*(torch.randint(bound, (n,), generator=generator) for bound in (N_USERS, N_ITEMS, N_ITEMS)))
+
+
+@pytest.mark.parametrize("kind", ["sym", "rw"])
+@pytest.mark.parametrize("present", [(), ("text",), ("image", "audio"), ("image", "text", "audio")], ids=str)
+def test_tables_and_gradients_of_any_view(build, train, present, kind):
+    model, view = build(n_item_layers=2, frozen_share=0.6, normalisation=kind), frozenset(present)
+
+    def gradients(tables):
+        model.zero_grad()
+        sum((table.sin() * (1 + n)).sum() for n, table in enumerate(tables)).backward()
+        return {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+    model.start_epoch(0, torch.Generator())
+    expected = by_hand(model, train, present)[:2]
+    found = model.embed([model.joint, view])[view]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+    ours, theirs = gradients(found), gradients(expected)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours.get(key, torch.zeros_like(value)), value, rtol=1e-9, atol=1e-12, msg=key)
+    for ours, theirs in zip(model.embed([view])[view], expected, strict=True):  # and of the kept graph
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_the_contrast_is_that_of_every_modality_with_the_fused(build, train):
+    for n_modalities in (1, 3):
+        model = build(n_modalities, n_item_layers=2, contrastive_weight=0.5, temperature=0.7)
+        terms = model.step(triples(), [model.only("image")]).loss_terms
+        assert set(terms) == {"bpr", "l2", "contrastive"}
+        _, _, h, z = by_hand(model, train, model.joint)
+        expected = 0.5 * sum(catalogue_contrast(x, h, 0.7) for x in z.values())
+        torch.testing.assert_close(terms["contrastive"], expected, rtol=1e-11, atol=1e-13)
+
+
+def test_the_learned_graphs_are_built_once_an_epoch(build, monkeypatch):
+    built = []
+
+    def counted(*arguments):
+        built.append(arguments)
+        return nearest(*arguments)
+
+    nearest = micro.nearest
+    monkeypatch.setattr(micro, "nearest", counted)
+    model = build(2)
+    views = [model.only(m) for m in model.modalities]
+
+    def step():
+        built.clear()
+        model.zero_grad()
+        sum(model.step(triples(), views, triples(), views).loss_terms.values()).backward()
+        assert model.query[0].weight.grad is not None
+        return len(built), model.projection["text"].weight.grad is not None
+
+    assert step() == (2, True)  # also where no epoch was started
+    for _ in range(2):
+        model.start_epoch(0, torch.Generator())
+        assert step() == (2, True)
+        assert step() == (0, False)
+    assert len(model.eval().embed([model.joint])) == 1
+    assert len(built) == 2
+
+
+def test_a_row_of_zeros_poisons_nothing(build, random_features):
+    features = random_features(N_ITEMS)
+    features["text"][3] = 0
+    model = build(features=features)
+    output = model.step(triples(), [model.only("text"), model.only("image")])
+    sum(output.loss_terms.values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_impossible_options(build, refuses):
+    refuses(ConfigError, lambda: build(collaborative="x"), "collaborative", "'x'", "lightgcn")
+    refuses(ConfigError, lambda: build(normalisation="row"), "normalisation", "'row'", "rw", "sym")
+    refuses(ConfigError, lambda: build(temperature=0.0), "temperature", 0.0)

@@ -1,0 +1,152 @@
+"""Sweeps: every run once, taken up where they broke off, summed up in one table and one figure."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from ckd_fed.analysis.history import read_history
+from ckd_fed.cli import main
+from ckd_fed.config import configs_directory, resolve
+from ckd_fed.errors import ConfigError, TrainingError
+from ckd_fed.experiments import sweep
+from ckd_fed.experiments.recipe import jobs, read_sweep
+from ckd_fed.experiments.summary import spread, summarise
+
+QUICK = {
+    "data.standin": "never", "training.epochs": 2, "training.validate-every": 2, "training.batch-size": 64, "training.threads": 1,
+    "model.embedding-dim": 4, "distillation.batch-size": 50, "tracking.wandb": "off", "tracking.report": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, write_dataset):
+    """A recipe of two variants over a dataset at home."""
+    monkeypatch.setenv("CKD_FED_HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy", n_users=60, n_items=40)
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: Mine\nvariants:\n  full: {}\n  rho 1: {distillation: {rho: 1}}\n")
+    return path
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the runs that are trained, in order."""
+    names, real = [], sweep.train
+
+    def train(config, write, memory):
+        names.append(config.name)
+        return real(config, write, memory=memory)
+
+    monkeypatch.setattr(sweep, "train", train)
+    return names
+
+
+def run(recipe, done=lambda job, how: None, **overrides):
+    planned = jobs(read_sweep(str(recipe)), ["toy"], ["vbpr"], [1, 2], {**QUICK, **overrides})
+    return sweep.run_jobs(planned, done, lambda line: None)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((configs_directory() / "sweeps").glob("*.yaml"))])
+def test_every_sweep_that_is_shipped_resolves(name):
+    planned = jobs(read_sweep(name), ["baby", "tiktok"], ["vbpr", "mmgcn"], [1, 2], {})
+    assert len({job.run for job in planned}) == len(planned) == 8 * len(read_sweep(name).variants)
+    variants = [resolve(job.overrides) for job in planned if (job.dataset, job.backbone, job.seed) == ("baby", "vbpr", 1)]
+    flat = [tuple(value for key, value in config.flat().items() if key not in ("name", "recipe")) for config in variants]
+    assert len(set(flat)) == len(flat)  # no variant is another one again
+    assert variants[0].distillation.enabled
+
+
+def test_the_shipped_ablations_switch_what_they_say():
+    variants = {job.variant: resolve(job.overrides) for job in jobs(read_sweep("ablations"), ["baby"], ["vbpr"], [1], {})}
+    assert not variants["no specific loss"].distillation.specific
+    assert not variants["no generic loss"].distillation.generic
+    assert not variants["no reweighting"].distillation.reweight
+    assert not variants["no distillation"].distillation.enabled
+    for label in ("gradient modulation", "modality dropout"):
+        assert variants[label].balancing.method == label.replace(" ", "-")
+        assert not variants[label].distillation.enabled
+
+
+def test_a_finished_run_is_kept_and_a_broken_one_begun_anew(recipe, trained, tmp_path):
+    found = run(recipe)
+    assert len(trained) == len(found) == 4
+    assert {history.config["distillation.rho"] for job, history in found.items() if job.variant == "rho 1"} == {1.0}
+    cut = tmp_path / "runs" / trained[2]
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:2]))
+    ends = {}
+    again = run(recipe, lambda job, how: ends.update({job.run: how}))
+    assert trained[4:] == [cut.name]
+    assert {name: how for name, how in ends.items() if how != "kept"} == {cut.name: "finished"}
+    assert read_history(cut).state == "finished"
+    assert again.keys() == found.keys()
+
+
+def test_a_run_of_another_configuration_is_not_taken_for_this_one(recipe, trained, refuses):
+    run(recipe)
+    refuses(ConfigError, lambda: run(recipe, **{"distillation.kappa": 1}), "distillation.kappa 5.0 instead of 1.0", "another configuration")
+    assert len(run(recipe, **{"training.threads": 2})) == 4  # what changes no result is no other configuration
+    assert len(trained) == 4
+
+
+def test_one_failure_does_not_keep_the_others_from_running(recipe, monkeypatch, capsys):
+    real = sweep.train
+
+    def train(config, write, memory):
+        if config.name.endswith("s1-rho-1"):
+            raise TrainingError("loss became nan")
+        return real(config, write, memory=memory)
+
+    monkeypatch.setattr(sweep, "train", train)
+    settings = " ".join(f"{key}={str(value).lower()}" for key, value in QUICK.items())
+    with pytest.raises(SystemExit):
+        main(["sweep", str(recipe), "--dataset", "toy", "--seeds", "1,2", "-c", settings])
+    shown = capsys.readouterr()
+    assert "1 of 4 runs failed: sweep-mine-toy-vbpr-s1-rho-1 (failed: loss became nan)" in shown.err
+    assert "4/4 sweep-mine-toy-vbpr-s2-rho-1: finished" in shown.out
+
+
+def test_table_and_figure(recipe, tmp_path, capsys):
+    settings = " ".join(f"{key}={str(value).lower()}" for key, value in QUICK.items())
+    main(["sweep", str(recipe), "--dataset", "toy", "--seeds", "1,2", "-c", settings, "--output", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    found = run(recipe)
+    recalls = {}
+    for job, history in found.items():
+        recalls.setdefault(job.variant, []).append(history.tested("student")["recall@20"])
+    for values in recalls.values():
+        assert spread(values) in shown
+        assert spread(values) in (tmp_path / "out" / "table.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [(row["variant"], row["seed"], float(row["recall@20"])) for row in rows] == [
+        (variant, str(seed), recalls[variant][seed - 1]) for variant in recalls for seed in (1, 2)
+    ]
+    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    first, second = summarise(read_sweep(str(recipe)), found)
+    assert first.gain is None
+    assert second.gain == pytest.approx(np.mean([b / a - 1 for a, b in zip(recalls["full"], recalls["rho 1"], strict=True)]))
+
+
+def test_spread_by_hand():
+    assert spread([0.1]) == "0.1000"
+    assert spread([0.1, 0.3]) == "0.2000 ± 0.1414"
+
+
+def test_a_plain_recipe_is_a_sweep_of_two():
+    recipe = read_sweep("no-reweighting")
+    assert list(recipe.variants.values()) == [{}, {"recipe": "no-reweighting"}]
+
+
+def test_what_is_no_sweep_is_said(tmp_path, refuses, capsys):
+    refuses(ConfigError, lambda: read_sweep("ablation"), "unknown sweep recipe 'ablation'", "did you mean 'ablations'")
+    path = tmp_path / "bad.yaml"
+    faults = {"a: [": "not valid YAML", "title: x": "variants:", "variants: {a: 1}": "variants:", "variants: {a b: {}, a-b: {}}": "a-b, a-b"}
+    for text, mention in faults.items():
+        path.write_text(text)
+        refuses(ConfigError, lambda: read_sweep(str(path)), path, mention)
+    for arguments, mention in ((["--seeds", "x"], "--seeds is 'x'"), (["-c", "seed=3"], "-c sets seed")):
+        with pytest.raises(SystemExit):
+            main(["sweep", "ablations", *arguments])
+        assert mention in capsys.readouterr().err
