@@ -3,17 +3,14 @@
 import itertools
 
 import pytest
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
-from ckd_fed.config import resolve
-from ckd_fed.tracking.record import Record
+from ckd_fed.wire import digest
 from clients import node as client_node
 from clients.actions import handle
-from server.enrolment import enrol
-from server.exchange import Exchange
-from server.federation import Federation
+from server.session import run_federation
 
 
 class LoopbackGrid:
@@ -56,10 +53,17 @@ class LoopbackGrid:
             reply = message_from_proto(message_to_proto(reply))
             if self.tamper:
                 reply = self.tamper(message, reply)
+                seal(reply)
             self.seen.append((message, reply))
             if reply is not None:
                 replies.append(reply)
         return replies
+
+
+def seal(reply):
+    """Give a changed reply a digest that fits: whoever lies can compute one."""
+    if reply is not None and reply.has_content() and isinstance(reply.content.get("reply"), ConfigRecord) and "digest" in reply.content["reply"]:
+        reply.content["reply"]["digest"] = digest(reply.content, "reply")
 
 
 def simulated(n):
@@ -81,15 +85,12 @@ def processes(monkeypatch):
 def federate(tmp_path):
     """Run a federation to its end over a loopback grid and return (result, grid, federation)."""
 
-    def run(overrides, nodes=None, tamper=None, run="fed"):
-        config = resolve({"tracking.wandb": "off", "home": str(tmp_path), "federation.enrol-timeout": 1}, overrides)
-        grid = LoopbackGrid(simulated(2) if nodes is None else nodes, tamper)
-        exchange = Exchange(grid, run, config)
-        plan = enrol(exchange, lambda line: None)
-        record = Record(tmp_path / "runs" / run, config, write=lambda line: None)
-        federation = Federation(exchange, plan, record)
-        result = federation.run()
-        record.finish(result, 0.0)
-        return result, grid, federation
+    def run(overrides, nodes=None, tamper=None, run="fed", write=lambda line: None):
+        given = {"tracking.wandb": "off", "home": str(tmp_path), "federation.enrol-timeout": 1, "federation.retry-pause": 0.01, "name": run}
+        overrides = {"name": ""} | overrides if "resume" in overrides else overrides
+        grid = nodes if isinstance(nodes, LoopbackGrid) else LoopbackGrid(simulated(2) if nodes is None else nodes, tamper)
+        session = run_federation(grid, {**given, **overrides}, 1, write)
+        return session.result, grid, session.federation
 
+    run.grid = lambda: LoopbackGrid(simulated(2))
     return run
