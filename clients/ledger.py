@@ -34,7 +34,7 @@ class Ledger:
     def __init__(self, folder: Path, budget: int = 0) -> None:
         self.path = folder / FILE
         self.budget = budget
-        self._rows = read_rows(self.path) if self.path.is_file() else []
+        self._rows = self._read(self.path) if self.path.is_file() else []
 
     def admit(self, agreement: Mapping[str, Any], first: int, epochs: int, per_epoch: int) -> int:
         """Decide whether margins may be given for some epochs.
@@ -64,7 +64,7 @@ class Ledger:
         given = {epoch for row in self._rows if "margins" in row for epoch in range(row["from_epoch"], row["from_epoch"] + row["epochs"])}
         new = len(set(range(first, first + epochs)) - given) * per_epoch
         if self.budget and new:
-            spent = sum(row.get("new", 0) for path in self._every_run() for row in read_rows(path))
+            spent = sum(row.get("new", 0) for path in self._every_run() for row in self._read(path))
             if spent + new > self.budget:
                 raise ReplyError(
                     f"score-budget: this teacher gave {spent} margins, {new} more would exceed {self.budget}; "
@@ -79,9 +79,18 @@ class Ledger:
     def _every_run(self) -> list[Path]:
         return sorted(self.path.parents[2].glob(f"*/{self.path.parent.name}/{FILE}"))
 
+    @staticmethod
+    def _read(path: Path) -> list[dict[str, Any]]:
+        try:
+            return [dict(row) for row in read_rows(path)]
+        except (ValueError, TypeError) as error:
+            raise ReplyError(f"{path}, where this teacher wrote down what it gave, is damaged ({error}); mend it before it gives more") from None
+
     def _append(self, row: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a line that a crash cut short
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
