@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -36,6 +37,7 @@ from ckd_fed.distillation.margins import DTYPES
 from ckd_fed.errors import ReplyError
 
 PROTOCOL = 2
+_METRIC = re.compile(r"(?:(?:loss|val|only|effect|effect_share|weight|specific|generic|sum)(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
 QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
 
@@ -213,9 +215,7 @@ class Reply:
 
     def numbers(self, required: Sequence[str]) -> dict[str, float]:
         """All metrics as finite floats; those required must be there."""
-        for name in required:
-            if name not in self.metrics:
-                raise ReplyError(f"{self.stamp}: metric {name!r} is missing")
+        self._known(required)
         return {name: self._finite(name, value) for name, value in self.metrics.items()}
 
     def rows(self, required: Sequence[str]) -> list[dict[str, float]]:
@@ -225,9 +225,7 @@ class Reply:
             return []
         if len(lengths) != 1 or -1 in lengths:
             raise ReplyError(f"{self.stamp}: its metrics are not lists of one length")
-        for name in required:
-            if name not in self.metrics:
-                raise ReplyError(f"{self.stamp}: metric {name!r} is missing")
+        self._known(required)
         return [{name: self._finite(name, values[row]) for name, values in self.metrics.items()} for row in range(lengths.pop())]
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype, bound: float) -> np.ndarray:
@@ -262,6 +260,15 @@ class Reply:
                     f"{self.stamp}: parameter {name} is {array.dtype} with {int((~np.isfinite(array)).sum())} values that are not finite"
                 )
         return found
+
+    def _known(self, required: Sequence[str]) -> None:
+        """Those required are there, and no name that would mean something else in the record."""
+        for name in required:
+            if name not in self.metrics:
+                raise ReplyError(f"{self.stamp}: metric {name!r} is missing")
+        for name in self.metrics:
+            if not _METRIC.fullmatch(name):
+                raise ReplyError(f"{self.stamp}: it has a metric {name!r}, which is none of this framework's")
 
     def _unpack(self, name: str) -> np.ndarray:
         try:

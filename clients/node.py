@@ -14,7 +14,6 @@ import torch
 
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, load_dataset
-from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import locate
 from ckd_fed.errors import ConfigError, unknown
 from ckd_fed.home import code_version, home
@@ -82,7 +81,7 @@ class Node:
             n_items=dataset.n_items,
             n_train=len(dataset.train),
             modalities=",".join(dataset.modalities),
-            features=json.dumps({m: features_fingerprint(matrix) for m, matrix in dataset.features.items()}),
+            features=json.dumps(dataset.feature_fingerprints()),
             dataset=dataset.describe(),
             standin=dataset.standin,
             device=str(self.device),

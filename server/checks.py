@@ -13,6 +13,8 @@ from ckd_fed.evaluation.metrics import metric_keys
 from ckd_fed.training.fit import METRIC
 from ckd_fed.wire import Reply, margin_dtype
 
+_WIDEST = 2**16
+
 
 @dataclass(frozen=True)
 class FitReport:
@@ -55,7 +57,10 @@ class TestReport:
 
 def check_test(reply: Reply, config: Config) -> TestReport:
     """Test metrics of a teacher or of the plain student."""
-    return TestReport(reply.numbers(metric_keys(config.ks)), reply.integer("width", 1))
+    width = reply.integer("width", 1)
+    if width > _WIDEST:
+        raise ReplyError(f"{reply.stamp}: its embedding tables are {width} wide; at most {_WIDEST} is believed")
+    return TestReport(reply.numbers(metric_keys(config.ks)), width)
 
 
 @dataclass(frozen=True)
