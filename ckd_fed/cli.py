@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckd_fed import __version__
+from ckd_fed.deploy.commands import add_commands
 from ckd_fed.errors import CkdError, ConfigError, DataError
 
 # Heavy imports (torch, wandb) happen in the commands that need them, so that --help stays quick.
@@ -120,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(action=_verify)
     config = commands.add_parser("config", parents=[override], help="print the resolved configuration")
     config.set_defaults(action=_config)
+    add_commands(commands)
     return parser
 
 
