@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what may be killed")
     parser.add_argument("--keep", action="store_true", help="keep the directory with all logs")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # whoever ends this script ends its processes
     draw = random.Random(chosen.seed)
     home = Path(tempfile.mkdtemp(prefix="ckd-faults-"))
     overrides = f"{QUICK} training.epochs={chosen.epochs} federation.teacher-epochs=4 federation.student-workers={chosen.students}"
