@@ -158,7 +158,7 @@ def guide(directory: Path, plan: ClusterPlan) -> list[str]:
     lines += [
         "",
         "4. where runs are started from:",
-        f"   ckd-fed doctor --connection {plan.name}",
+        f"   ckd-fed doctor --connection {plan.name} --cluster {directory}",
         f"   flwr run simulations/baby {plan.name} --stream{workers}",
     ]
     return lines

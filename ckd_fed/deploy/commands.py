@@ -39,8 +39,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     doctor.add_argument("node", nargs="?", type=Path, metavar="NODE", help="node.toml, or the folder that holds it")
     doctor.add_argument("--dataset", default="baby", help="of the runs to come (default baby)")
     doctor.add_argument("--connection", metavar="NAME", help="of a SuperLink in Flower's config.toml: which nodes are there, what is missing")
-    doctor.add_argument("--teachers", default="", metavar="M,M", help="with --connection: modalities that are needed")
-    doctor.add_argument("--students", type=int, default=1, metavar="N", help="with --connection: student nodes that are needed (default 1)")
+    doctor.add_argument("--cluster", type=Path, metavar="DIR", help="with --connection: the cluster's folder, which says who should be there")
     doctor.set_defaults(action=_doctor)
 
 
@@ -87,10 +86,9 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
     if (arguments.node is None) == (arguments.connection is None):
         raise ConfigError("doctor looks at a node (`ckd-fed doctor nodes/teacher-text`) or at a connection (`ckd-fed doctor --connection lab`)")
-    if arguments.connection:
-        checks = connection_checks(arguments.connection, arguments.teachers, arguments.students)
-    else:
-        checks = node_checks(arguments.node, arguments.dataset)
+    if arguments.cluster and not arguments.connection:
+        raise ConfigError("doctor: --cluster goes with --connection")
+    checks = connection_checks(arguments.connection, arguments.cluster) if arguments.connection else node_checks(arguments.node, arguments.dataset)
     failed = 0
     for check in checks:
         print(check.line(), flush=True)

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -222,20 +223,20 @@ def _reachable(address: str, authority: Path | None) -> str:
     except OSError as error:
         why = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached: {error.strerror or error}"
         raise Trouble(f"{address} {why}", "start the SuperLink; open its port in the firewall") from None
-    left = (ssl.cert_time_to_seconds(certificate["notAfter"]) - __import__("time").time()) / 86400
+    left = (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86400
     return f"{address} answers with TLS, its certificate is valid for {left:.0f} days" + (" (renew it soon)" if left < _SOON else "")
 
 
 # --- a connection ---------------------------------------------------------------------------------------------------------------------
 
 
-def connection_checks(name: str, teachers: str, students: int) -> Iterator[Check]:
+def connection_checks(name: str, cluster: Path | None) -> Iterator[Check]:
     """All checks of a connection in Flower's configuration.
 
     Args:
         name: of the connection.
-        teachers: modalities that are needed, comma-separated; empty for no demand.
-        students: student nodes that are needed.
+        cluster: folder of the cluster (or its ``operator`` folder): names the nodes that should be there. Flower itself tells no names,
+            and roles only to a run.
     """
     entry: dict[str, Any] = {}
 
@@ -252,24 +253,47 @@ def connection_checks(name: str, teachers: str, students: int) -> Iterator[Check
     yield reached
     if not reached.ok:
         return
-    nodes: list[dict[str, Any]] = []
+    status: dict[str, str] = {}
 
     def listed() -> str:
-        nodes.extend(_nodes(name))
-        if not nodes:
+        status.update({str(node.get("node-id")): str(node.get("status")) for node in _nodes(name)})
+        if not status:
             raise Trouble("no node is registered or connected", "register the nodes' keys (operator/register.sh) and start the nodes")
-        return f"{len(nodes)} nodes are known"
+        online = sum(state == "online" for state in status.values())
+        return f"{len(status)} known, {online} online"
 
     known = _check("nodes", listed)
     yield known
     if not known.ok:
         return
-    for node in nodes:
-        yield _check("node", lambda node=node: _online(node))  # type: ignore[misc]
-    names = [str(node.get("name") or "") for node in nodes if node.get("status") == "online"]
-    for modality in [word.strip() for word in teachers.split(",") if word.strip()]:
-        yield _check("teacher", lambda m=modality: _needed(names, f"teacher-{m}", 1))  # type: ignore[misc]
-    yield _check("students", lambda: _needed(names, "student", students))
+    expected: dict[str, str] = {}
+
+    def registered() -> str:
+        expected.update(_registered(cluster) if cluster else {})
+        return f"{len(expected)} nodes belong to it"
+
+    if cluster:
+        yield _check("cluster", registered)
+    names = {node_id: node for node, node_id in expected.items() if node_id}
+    for node, node_id in expected.items():
+        yield _check("node", lambda node=node, node_id=node_id: _online(node, node_id, status))  # type: ignore[misc]
+    for node_id in sorted(set(status) - set(names)):
+        yield _check("node", lambda node_id=node_id: _online("not of this cluster" if cluster else "a node", node_id, status))  # type: ignore[misc]
+
+
+def _registered(cluster: Path) -> dict[str, str]:
+    """Name -> id given at registration, of a cluster's nodes; an empty id where it has not been registered."""
+    operator = cluster / "operator" if (cluster / "operator").is_dir() else cluster
+    names = sorted(path.stem for path in (operator / "keys").glob("*.pub"))
+    if not names:
+        raise Trouble(f"{cluster} holds no keys of nodes", "name the folder that `ckd-fed cluster init` wrote, or its operator folder")
+    found = {}
+    for name in names:
+        try:
+            found[name] = str(json.loads((operator / "registered" / f"{name}.json").read_text())["node-id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            found[name] = ""
+    return found
 
 
 def _connection(name: str) -> dict[str, Any]:
@@ -297,17 +321,12 @@ def _nodes(name: str) -> list[dict[str, Any]]:
     return list(found.get("nodes", []))
 
 
-def _online(node: Mapping[str, Any]) -> str:
-    what = f"{node.get('name') or 'without a name'} (id {node.get('node-id')}): {node.get('status')}"
-    if node.get("status") != "online":
+def _online(name: str, node_id: str, status: Mapping[str, str]) -> str:
+    if not node_id:
+        raise Trouble(f"{name}: not registered", "run operator/register.sh, then start the node")
+    what = f"{name} (id {node_id}): {status.get(node_id, 'unknown to the SuperLink')}"
+    if node_id not in status:
+        raise Trouble(what, "its SuperLink lost its database: delete operator/registered and run operator/register.sh again")
+    if status[node_id] != "online":
         raise Trouble(what, "start it with its supernode.sh; after a kill its key is refused for about a minute")
     return what
-
-
-def _needed(names: list[str], prefix: str, count: int) -> str:
-    found = [name for name in names if name == prefix or name.startswith(f"{prefix}-")]
-    if len(found) < count:
-        raise Trouble(
-            f"{count - len(found)} of {count} {prefix} nodes are missing", "start them; roles are told by the names under which keys were registered"
-        )
-    return ", ".join(found)

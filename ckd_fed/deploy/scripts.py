@@ -23,10 +23,20 @@ def supernode_script(plan: ClusterPlan, node: NodePlan) -> str:
 
 
 def register_script(plan: ClusterPlan) -> str:
-    """Registers the nodes' public keys; to be run once, when the SuperLink is up and before the nodes start."""
-    lines = "\n".join(shown(plan.register_command(node)) for node in plan.nodes)
-    why = "# Register the nodes' keys: once, after the SuperLink has started and before the nodes do."
-    return f'#!/usr/bin/env bash\n{why}\nset -eu\ncd "$(dirname "$0")"\n{lines}\n'
+    """Registers the nodes' public keys and keeps the ids given to them; to be run when the SuperLink is up and before the nodes start."""
+    names = " ".join(node.name for node in plan.nodes)
+    return f"""#!/usr/bin/env bash
+# Register the nodes' keys, after the SuperLink has started and before the nodes do. The ids are kept for `ckd-fed doctor --cluster`.
+set -eu
+cd "$(dirname "$0")"
+mkdir -p registered
+for node in {names}; do
+  if [ -s "registered/$node.json" ]; then echo "$node is registered"; continue; fi
+  answer="$(flwr supernode register "keys/$node.pub" {plan.name} --name "$node" --format json)"
+  echo "$node: $answer"
+  case "$answer" in *node-id*) echo "$answer" > "registered/$node.json" ;; *) exit 1 ;; esac
+done
+"""
 
 
 def _script(what: str, command: list[str]) -> str:
