@@ -28,6 +28,7 @@ test: setup
 # Not part of the tests: mutated replies and files in process, then processes killed under a real federation on loopback.
 faults: setup
 	$(BIN)/python tests/faults/mutations.py
+	$(BIN)/python tests/faults/process_faults.py
 
 check: setup
 	$(BIN)/ruff check .

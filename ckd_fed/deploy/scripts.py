@@ -101,6 +101,8 @@ until (exec 3<>"/dev/tcp/${{HOSTS[0]}}/{plan.port}") 2>/dev/null; do sleep 1; do
 {register}for i in "${{!NODES[@]}}"; do
   srun --nodes=1 --ntasks=1 --nodelist="${{HOSTS[$i]}}" --overlap bash "$CLUSTER/nodes/${{NODES[$i]}}/supernode.sh" &
 done
-ckd-fed run "$APP" {plan.name} ${{2:+-c "$2"}}
-scancel "$SLURM_JOB_ID"
+code=0
+ckd-fed run "$APP" {plan.name} ${{2:+-c "$2"}} || code=$?
+kill $(jobs -p)
+exit $code
 """
