@@ -34,9 +34,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from ckd_fed.config import Config, resolve
 from ckd_fed.distillation.margins import DTYPES
-from ckd_fed.errors import ReplyError
+from ckd_fed.errors import LostError, ReplyError
 
 PROTOCOL = 2
+_RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
 _METRIC = re.compile(r"(?:(?:loss|val|only|effect|effect_share|weight|specific|generic|sum)(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
 QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
@@ -291,7 +292,8 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
         ReplyError: the node failed, refused, or answered something else than it was asked.
     """
     if message.has_error():
-        raise ReplyError(f"{expected} failed: {_short(message.error.reason or '')} (Flower error code {message.error.code})")
+        kind = ReplyError if message.error.code == _RAISED else LostError
+        raise kind(f"{expected} failed: {_short(message.error.reason or '')} (Flower error code {message.error.code})")
     content = message.content
     if "reply" not in content or not isinstance(content["reply"], ConfigRecord):
         raise ReplyError(f"{expected}: the reply is not of this framework's form (it has {', '.join(content) or 'nothing'})")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckd_fed.config import Config
-from ckd_fed.errors import EnrolmentError, ReplyError, unknown
+from ckd_fed.errors import EnrolmentError, LostError, ReplyError, unknown
 from ckd_fed.wire import NodeCard, read_card
 from server.exchange import Ask, Exchange
 
@@ -61,13 +61,13 @@ def enrol(exchange: Exchange, write: Callable[[str], None], absent: Sequence[str
     config = exchange.config
     deadline = time.monotonic() + config.federation.enrol_timeout
     cards: dict[int, NodeCard] = {}
-    asked: set[int] = set()
     missing = "no node has connected"
     while True:
-        new = [node for node in exchange.grid.get_node_ids() if node not in asked]
+        connected = set(exchange.grid.get_node_ids())
+        cards = {node: card for node, card in cards.items() if node in connected}  # who has gone meanwhile may come back
+        new = sorted(connected - set(cards))
         if new:
-            cards.update(_ask_cards(exchange, new, max(1.0, deadline - time.monotonic())))
-            asked.update(new)
+            cards.update(_ask_cards(exchange, new, max(1.0, deadline - time.monotonic()), write))
         if cards:
             plan, missing = assign(config, cards, absent)
             if plan:
@@ -80,8 +80,11 @@ def enrol(exchange: Exchange, write: Callable[[str], None], absent: Sequence[str
         time.sleep(min(_SETTLE, max(0.0, deadline - time.monotonic())))
 
 
-def _ask_cards(exchange: Exchange, nodes: list[int], timeout: float) -> dict[int, NodeCard]:
+def _ask_cards(exchange: Exchange, nodes: list[int], timeout: float, write: Callable[[str], None]) -> dict[int, NodeCard]:
+    """Cards of nodes; one that was lost while it was asked is left out, one that says why it cannot take part ends the run."""
     cards, failed = ask_cards(exchange, nodes, timeout)
+    for node in [node for node, error in failed.items() if isinstance(error, LostError)]:
+        write(f"node {node} was lost at enrolment: {failed.pop(node)}")
     reasons = list(dict.fromkeys(str(error).partition(": ")[2] if len(failed) > 1 else str(error) for error in failed.values()))
     if reasons:
         raise EnrolmentError("; ".join(reasons))

@@ -11,7 +11,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from ckd_fed.config import Config
-from ckd_fed.errors import ReplyError
+from ckd_fed.errors import LostError, ReplyError
 from ckd_fed.wire import Reply, Stamp, content_bytes, draw_nonce, read_reply, request
 
 SHORTEST, LONGEST = 0.02, 1.0  # seconds between polls
@@ -106,7 +106,9 @@ class Exchange:
         sent = self.send(asks)
         waiting = {item.message_id: item for item in sent if item.message_id}
         good: dict[int, Reply] = {}
-        failed = {item.node: ReplyError(f"Flower took no message for node {item.node}; it is gone") for item in sent if not item.message_id}
+        failed: dict[int, ReplyError] = {
+            item.node: LostError(f"Flower took no message for node {item.node}; it is gone") for item in sent if not item.message_id
+        }
         deadline, pause = time.monotonic() + timeout, SHORTEST
         while waiting and time.monotonic() < deadline:
             arrived = self.poll(waiting)
@@ -119,5 +121,5 @@ class Exchange:
             pause = SHORTEST if arrived else min(LONGEST, pause * 1.5)
             if waiting:
                 time.sleep(pause)
-        failed.update({item.node: ReplyError(f"no reply to {item.stamp} within {timeout:.0f} s") for item in waiting.values()})
+        failed.update({item.node: LostError(f"no reply to {item.stamp} within {timeout:.0f} s") for item in waiting.values()})
         return good, failed

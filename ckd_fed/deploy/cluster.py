@@ -100,7 +100,7 @@ def _write(directory: Path, plan: ClusterPlan, days: int, install: str) -> None:
     for folder in (superlink, operator / "keys"):
         folder.mkdir(parents=True, exist_ok=True)
     if plan.secure:
-        certificate, key = create_server_certificate(_authority(directory), plan.hosts, days)
+        certificate, key = create_server_certificate(_authority(directory), plan.certified_hosts, days)
         write_certificate(superlink / "server.crt", certificate)
         write_key(superlink / "server.key", key)
         for folder in (superlink, operator):

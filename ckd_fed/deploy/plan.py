@@ -72,6 +72,12 @@ class ClusterPlan:
         host = f"[{self.hosts[0]}]" if ":" in self.hosts[0] else self.hosts[0]
         return f"{host}:{self.port}"
 
+    @property
+    def certified_hosts(self) -> tuple[str, ...]:
+        """For the server certificate: the SuperLink's own processes reach it by the address it listens on, or by loopback."""
+        own = ("127.0.0.1",) if self.bind in ("0.0.0.0", "::") else (self.bind,)
+        return tuple(dict.fromkeys([*self.hosts, *own, "localhost"]))
+
     def superlink_command(self) -> list[str]:
         """To be run in the folder ``superlink``. The database lets registered keys outlive a restart."""
         tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key", "--enable-supernode-auth"]

@@ -34,8 +34,9 @@ def test_the_server_certificate_holds_for_every_host_and_is_signed_by_the_author
     certificate, authority = read_certificate(folder / "superlink/server.crt"), read_certificate(folder / "ca.crt")
     certificate.verify_directly_issued_by(authority)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["gpu1.example"]
-    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7"]
+    assert names.get_values_for_type(x509.DNSName) == ["gpu1.example", "localhost"]
+    # Flower's own processes beside the SuperLink reach it by loopback, with TLS
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
     assert 89 < days_left(certificate) <= 90
     assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -112,7 +113,7 @@ def test_moving_changes_the_host_and_keeps_authority_and_keys(cluster, capsys):
     certificate = read_certificate(folder / "superlink/server.crt")
     certificate.verify_directly_issued_by(read_certificate(folder / "ca.crt"))
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["gpu2.example"]
+    assert names.get_values_for_type(x509.DNSName) == ["gpu2.example", "localhost"]
     assert all("gpu2.example:8000" in path.read_text() for path in folder.glob("nodes/*/supernode.sh"))
 
 

@@ -17,7 +17,7 @@ def serve():
     stop = []
 
     def start(context):
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.create_server(("0.0.0.0", 0))
 
         def run():
             with contextlib.suppress(OSError):
@@ -131,9 +131,11 @@ def test_each_fault_is_found_with_its_remedy(spoil, name, mentions, node):
 
 def test_a_certificate_for_another_name_and_a_server_without_tls(node, serve):
     folder = node(hosts=("gpu1.example",))
+    address = (folder / "node.toml").read_text().partition("127.0.0.1")[2].partition('"')[0]
+    point(folder, f"127.0.0.2{address}")
     line = failed(node_checks(folder, "toy"))["superlink"]
     assert "does not fit" in line
-    assert "cluster move DIR --host 127.0.0.1" in line
+    assert "cluster move DIR --host 127.0.0.2" in line
     point(folder, f"127.0.0.1:{serve(None)}")
     assert "but not with TLS" in failed(node_checks(folder, "toy"))["superlink"]
 

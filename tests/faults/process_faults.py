@@ -258,7 +258,7 @@ def follow(run: Run, draw: random.Random, kinds: Sequence[str], gap: tuple[float
                 print(f"  {time.monotonic() - run.started:6.0f} s  kill -9 {what} {phase} ({killed.total()} of {wanted})", flush=True)
                 due = time.monotonic() + draw.uniform(*gap)
                 sign = time.monotonic()
-        if time.monotonic() - looked > 10 and time.monotonic() - run.submitted > 10:
+        if time.monotonic() - looked > 20 and time.monotonic() - run.submitted > 10:
             looked = time.monotonic()
             if run.failed() and not run.finished():
                 run.resume()

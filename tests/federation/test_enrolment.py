@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from flwr.app import Error, Message
 
 from ckd_fed.config import resolve
 from ckd_fed.errors import EnrolmentError
@@ -174,6 +175,26 @@ def test_a_node_that_cannot_take_part_says_why(node, mentions, tmp_path, write_d
     (tmp_path / "data").mkdir()
     write_dataset("data/toy")
     refuses(EnrolmentError, lambda: federate({"dataset": "toy"}, nodes=[node]), *mentions)
+
+
+def test_a_node_that_is_lost_at_enrolment_may_come_back(tmp_path, write_dataset, federate):
+    """As after the kill of a node whose id is still listed: Flower reports it gone, a minute later it is there again."""
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy")
+    nodes = [{"role": "student"}, {"role": "teacher", "modality": "text"}, {"role": "teacher", "modality": "image"}]
+    lost = []
+
+    def tamper(message, reply):
+        if message.metadata.message_type == "query.enrol" and message.metadata.dst_node_id == 1002 and len(lost) < 2:
+            lost.append(message)
+            return Message(Error(5, "the node is unavailable"), reply_to=message)
+        return reply
+
+    lines = []
+    overrides = {"dataset": "toy", "training.epochs": 1, "training.batch-size": 16, "distillation.batch-size": 20, "federation.enrol-timeout": 10}
+    result, _, _ = federate(overrides, nodes=nodes, tamper=tamper, write=lines.append)
+    assert result.outcomes["student"].test
+    assert len([line for line in lines if "node 1002 was lost at enrolment" in line]) == 2
 
 
 def test_two_nodes_with_different_splits(tmp_path, write_dataset, federate, refuses):
