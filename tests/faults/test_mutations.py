@@ -1,6 +1,7 @@
 """A small sample of the mutation suite; `make faults` runs all of it."""
 
-from faults.mutations import mutate_files, mutate_replies
+from faults.mutated_files import mutate_files
+from faults.mutated_replies import mutate_replies
 
 
 def test_mutated_replies_are_refused(tmp_path, processes):
