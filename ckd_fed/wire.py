@@ -38,7 +38,8 @@ from ckd_fed.errors import LostError, ReplyError
 
 PROTOCOL = 2
 _RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
-_METRIC = re.compile(r"(?:(?:loss|val|only|calibrated|readout|effect|effect_share|weight|specific|generic|sum)(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
+_KINDS = "loss|val|only|calibrated|readout|effect|effect_share|weight|specific|generic|sum"
+_METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
 QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
 
