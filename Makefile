@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup baby tiktok test check verify clean
+.PHONY: setup baby tiktok test faults check verify clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,11 @@ run-%: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Not part of the tests: mutated replies and files in process, then processes killed under a real federation on loopback.
+faults: setup
+	$(BIN)/python tests/faults/mutations.py
+	$(BIN)/python tests/faults/process_faults.py
 
 check: setup
 	$(BIN)/ruff check .

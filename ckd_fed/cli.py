@@ -12,6 +12,7 @@ from typing import Any
 
 from ckd_fed import __version__
 from ckd_fed.commands import data, delivery, experiments, results, wandb
+from ckd_fed.deploy import commands as deploy
 from ckd_fed.errors import CkdError, ConfigError, DataError
 
 # Heavy imports (torch, wandb) happen in the commands that need them, so that --help stays quick.
@@ -137,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(action=_verify)
     config = commands.add_parser("config", parents=[override], help="print the resolved configuration")
     config.set_defaults(action=_config)
-    for family in (data, results, delivery, wandb):
+    for family in (data, results, delivery, wandb, deploy):
         family.add_commands(commands)
     experiments.add_commands(commands, override)
     return parser

@@ -95,6 +95,7 @@ class DistillationConfig:
     specific: bool = True
     generic: bool = True
     margin_dtype: str = _one_of("float16", "float32", default="float16")  # of the soft scores
+    margin_bound: float = _positive(default=65504.0)  # larger margins are clipped to it; by default the largest float16
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,10 @@ class FederationConfig:
     teacher_epochs: int = _at_least(1, default=50)  # epochs of a teacher round, rounded up to whole validations
     enrol_timeout: float = _positive(default=120.0)  # seconds to wait for the nodes needed
     reply_timeout: float = _positive(default=3600.0)  # seconds to wait for a round's replies
+    retry_limit: int = _at_least(0, default=3)  # times that a failed request is sent again
+    retry_pause: float = _positive(default=5.0)  # seconds before the first of them; doubled each time
+    node_timeout: float = _positive(default=600.0)  # seconds to wait for a node that is gone to come back
+    on_lost_teacher: str = _one_of("wait", "drop", "fail", default="fail")  # beyond these limits
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ class Config:
         plain: also train the plain student, to compare.
         recipe: name of a file in configs/recipes.
         name: of the run; by default made of dataset, backbone and the time.
+        resume: name of a run to go on with; its own configuration counts then.
         home: where data, runs and workspaces live; by default $CKD_FED_HOME or ~/.ckd_fed.
         model: the backbone's options (``model.*``).
     """
@@ -157,6 +163,7 @@ class Config:
     plain: bool = False
     recipe: str = ""
     name: str = ""
+    resume: str = ""
     home: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     model: Mapping[str, Scalar] = field(default_factory=dict)
@@ -171,8 +178,9 @@ class Config:
         if not self.dataset or any(mark in self.dataset for mark in "/\\") or self.dataset.startswith("."):
             raise ConfigError(f"dataset is {self.dataset!r}; a plain name such as 'baby' is needed (use data.dir for a folder elsewhere)")
         backbone_target(self.backbone)  # raises for an unknown name
-        if not self.name.isprintable() or any(mark in self.name for mark in "/\\") or self.name.startswith("."):
-            raise ConfigError(f"name is {self.name!r}; a run's name is a plain folder name")
+        for key, name in {"name": self.name, "resume": self.resume}.items():
+            if not name.isprintable() or any(mark in name for mark in "/\\") or name.startswith("."):
+                raise ConfigError(f"{key} is {name!r}; a run's name is a plain folder name")
         ks = self.ks
         if 20 not in ks:
             raise ConfigError(f"evaluation.ks is {self.evaluation.ks!r}; 20 must be among the cut-offs, because early stopping uses Recall@20")

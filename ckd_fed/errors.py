@@ -30,6 +30,10 @@ class ReplyError(CkdError):
     """A node's reply that failed its checks and was not used."""
 
 
+class LostError(ReplyError):
+    """No reply, because the node or its process is gone: it may come back."""
+
+
 class TrainingError(CkdError):
     """Training cannot go on (for example: the loss is no longer finite)."""
 

@@ -1,15 +1,16 @@
 """What goes over the wire between server and nodes: one typed, validated form for each request and reply.
 
-Both sides use this module and nothing else to make and read messages. A request and its reply carry a :class:`Stamp`; a reply whose
-stamp, names, shapes, dtypes or values are not exactly what was asked for is refused before anything uses it.
+Both sides use this module and nothing else to make and read messages. A request and its reply carry a :class:`Stamp` and a digest of
+their contents; a reply whose digest, stamp, names, shapes, dtypes or values are not exactly what was asked for is refused before
+anything uses it.
 
 =========  ==============================  ===============================================  ============================================
 action     asked of                        request                                          reply
 =========  ==============================  ===============================================  ============================================
 enrol      every node                      configuration                                    :class:`NodeCard`
 fit        teacher m, plain student        epochs of this round                             rows of validations, whether it has converged
-test       teacher m, plain student                                                         test metrics of its best
-score      teacher m                       epochs of a stretch, number of workers           a sheet of margins per worker, triples' hash
+test       teacher m, plain student        epoch of its best                                test metrics of its best
+score      teacher m                       the same, epochs of a stretch, number of workers a sheet of margins per worker, triples' hash
 distil     student worker                  weights, sheets of margins with their hashes     weights, means of the stretch, validation
 evaluate   student worker                  weights, part of the split, share of the users   sums of metrics over its users
 =========  ==============================  ===============================================  ============================================
@@ -19,8 +20,11 @@ Features, interactions and a teacher's parameters appear in none of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,9 +34,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from ckd_fed.config import Config, resolve
 from ckd_fed.distillation.margins import DTYPES
-from ckd_fed.errors import ReplyError
+from ckd_fed.errors import LostError, ReplyError
 
-PROTOCOL = 1
+PROTOCOL = 2
+_RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
+_KINDS = "loss|val|only|calibrated|readout|effect|effect_share|weight|specific|generic|sum"
+_METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
 QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
 
@@ -45,13 +52,15 @@ class Stamp:
         run: name of the run.
         action: see the module's table.
         round: the run's round counter.
-        role: ``teacher/<m>``, ``plain``, ``student/<w>``, or ``node`` for enrolment.
+        role: ``teacher/<m>``, ``plain``, ``student/<w>``, or ``node/<id>`` for enrolment.
+        nonce: drawn anew for every request, so that an answer to an earlier request for the same thing is not taken for this one's.
     """
 
     run: str
     action: str
     round: int
     role: str
+    nonce: str
 
     def __str__(self) -> str:
         return f"{self.action} of round {self.round} from {self.role}"
@@ -75,6 +84,7 @@ class NodeCard:
         counterfactual: whether the backbone's scores depend on features, so that views differ and effects mean something.
         device: where it would train.
         host: for people.
+        held: JSON, role -> epochs trained, of the run's roles that this node has in its workspace.
     """
 
     role: str
@@ -93,6 +103,12 @@ class NodeCard:
     counterfactual: bool
     device: str
     host: str
+    held: str
+
+
+def draw_nonce() -> str:
+    """128 random bits."""
+    return secrets.token_hex(16)
 
 
 def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.ndarray] | None = None, **values: Any) -> Message:
@@ -108,6 +124,7 @@ def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.nda
     content = RecordDict({"request": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "config": json.dumps(config.flat()), **values})})
     if arrays:
         content["arrays"] = _pack(arrays)
+    seal(content, "request")
     kind = "train" if stamp.action in TRAIN_ACTIONS else "query"
     return Message(content, dst_node_id=node, message_type=f"{kind}.{stamp.action}")
 
@@ -134,6 +151,8 @@ def read_request(message: Message) -> Request:
         protocol = values.pop("protocol")
         if protocol != PROTOCOL:
             raise ReplyError(f"the server speaks wire protocol {protocol}, this node {PROTOCOL}; install the same version of ckd_fed on both")
+        if values.pop("digest") != digest(message.content, "request"):
+            raise ReplyError("a request is damaged: its contents do not match its digest")
         stamp = Stamp(**{item.name: values.pop(item.name) for item in fields(Stamp)})
         config = resolve(json.loads(values.pop("config")))
         arrays = _unpack(message.content["arrays"]) if "arrays" in message.content else {}
@@ -145,30 +164,37 @@ def read_request(message: Message) -> Request:
 def reply(
     to: Message, stamp: Stamp, metrics: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None, **values: Any
 ) -> Message:
-    """A node's answer: its stamp, numbers (floats, or lists of them), arrays and further scalars."""
+    """A node's answer: its stamp, numbers (floats, or lists of them), arrays and further scalars (``busy``: seconds it took)."""
     content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "error": "", **values})})
     if metrics:
         content["metrics"] = MetricRecord(dict(metrics))
     if arrays:
         content["arrays"] = _pack(arrays)
+    seal(content, "reply")
     return Message(content, reply_to=to)
 
 
 def refusal(to: Message, stamp: Stamp | None, reason: str) -> Message:
     """A node's answer when it cannot do what was asked, with the reason in one line."""
-    bound = stamp or Stamp("", "", -1, "")
-    return Message(RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(bound), "error": reason})}), reply_to=to)
+    bound = stamp or Stamp("", "", -1, "", "")
+    content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(bound), "error": reason})})
+    seal(content, "reply")
+    return Message(content, reply_to=to)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply whose stamp has been checked; its parts are read through methods that check them."""
+    """A reply whose stamp and digest have been checked; its parts are read through methods that check them.
+
+    ``busy`` is the time in seconds that the node says it worked; what a round took beyond that is messaging.
+    """
 
     stamp: Stamp
     values: dict[str, Any]
     metrics: dict[str, Any]
     arrays: dict[str, Array]
     n_bytes: int
+    busy: float = 0.0
 
     def text(self, name: str) -> str:
         """A string among the values."""
@@ -193,9 +219,7 @@ class Reply:
 
     def numbers(self, required: Sequence[str]) -> dict[str, float]:
         """All metrics as finite floats; those required must be there."""
-        for name in required:
-            if name not in self.metrics:
-                raise ReplyError(f"{self.stamp}: metric {name!r} is missing")
+        self._known(required)
         return {name: self._finite(name, value) for name, value in self.metrics.items()}
 
     def rows(self, required: Sequence[str]) -> list[dict[str, float]]:
@@ -205,13 +229,11 @@ class Reply:
             return []
         if len(lengths) != 1 or -1 in lengths:
             raise ReplyError(f"{self.stamp}: its metrics are not lists of one length")
-        for name in required:
-            if name not in self.metrics:
-                raise ReplyError(f"{self.stamp}: metric {name!r} is missing")
+        self._known(required)
         return [{name: self._finite(name, values[row]) for name, values in self.metrics.items()} for row in range(lengths.pop())]
 
-    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """A finite array of exactly this shape and dtype."""
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype, bound: float) -> np.ndarray:
+        """A finite array of exactly this shape and dtype, no entry larger than the bound in absolute value."""
         if name not in self.arrays:
             raise ReplyError(f"{self.stamp}: array {name!r} is missing (it has {', '.join(self.arrays) or 'none'})")
         array = self._unpack(name)
@@ -219,6 +241,11 @@ class Reply:
             raise ReplyError(f"{self.stamp}: array {name!r} is {array.dtype} {array.shape}, {dtype} {shape} is needed")
         if not np.isfinite(array).all():
             raise ReplyError(f"{self.stamp}: array {name!r} has {int((~np.isfinite(array)).sum())} NaN or infinite entries")
+        largest = max(float(array.max(initial=0)), -float(array.min(initial=0)))
+        if largest > bound:
+            raise ReplyError(
+                f"{self.stamp}: array {name!r} has an entry of size {largest:g}, at most {bound:g} is agreed (distillation.margin-bound)"
+            )
         return array
 
     def weights(self, like: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -237,6 +264,15 @@ class Reply:
                     f"{self.stamp}: parameter {name} is {array.dtype} with {int((~np.isfinite(array)).sum())} values that are not finite"
                 )
         return found
+
+    def _known(self, required: Sequence[str]) -> None:
+        """Those required are there, and no name that would mean something else in the record."""
+        for name in required:
+            if name not in self.metrics:
+                raise ReplyError(f"{self.stamp}: metric {name!r} is missing")
+        for name in self.metrics:
+            if not _METRIC.fullmatch(name):
+                raise ReplyError(f"{self.stamp}: it has a metric {name!r}, which is none of this framework's")
 
     def _unpack(self, name: str) -> np.ndarray:
         try:
@@ -259,13 +295,16 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
         ReplyError: the node failed, refused, or answered something else than it was asked.
     """
     if message.has_error():
-        raise ReplyError(f"{expected} failed: {_short(message.error.reason or '')} (Flower error code {message.error.code})")
+        kind = ReplyError if message.error.code == _RAISED else LostError
+        raise kind(f"{expected} failed: {_short(message.error.reason or '')} (Flower error code {message.error.code})")
     content = message.content
     if "reply" not in content or not isinstance(content["reply"], ConfigRecord):
         raise ReplyError(f"{expected}: the reply is not of this framework's form (it has {', '.join(content) or 'nothing'})")
     values: dict[str, Any] = dict(content["reply"])
     if values.pop("protocol", None) != PROTOCOL:
         raise ReplyError(f"{expected}: the node speaks another wire protocol than {PROTOCOL}; install the same version of ckd_fed everywhere")
+    if values.pop("digest", None) != digest(content, "reply"):
+        raise ReplyError(f"{expected}: the reply is damaged: its contents do not match its digest")
     error = values.pop("error", "")
     got = {item.name: values.pop(item.name, None) for item in fields(Stamp)}
     if error:
@@ -277,7 +316,10 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
     arrays = content.get("arrays", ArrayRecord())
     if not isinstance(metrics, MetricRecord) or not isinstance(arrays, ArrayRecord):
         raise ReplyError(f"{expected}: metrics or arrays are of the wrong kind")
-    return Reply(expected, values, dict(metrics), dict(arrays), content_bytes(message))
+    busy = values.pop("busy", 0.0)
+    if not isinstance(busy, float) or not 0 <= busy < math.inf:
+        raise ReplyError(f"{expected}: busy is {busy!r}, a number of seconds is needed")
+    return Reply(expected, values, dict(metrics), dict(arrays), content_bytes(message), busy)
 
 
 def read_card(answer: Reply) -> NodeCard:
@@ -291,6 +333,32 @@ def read_card(answer: Reply) -> NodeCard:
         if type(getattr(card, item.name)) is not kinds[str(item.type)]:
             raise ReplyError(f"{answer.stamp}: its card has {item.name} = {getattr(card, item.name)!r}")
     return card
+
+
+def digest(content: RecordDict, record: str) -> str:
+    """sha256 of everything in a message but the digest itself: detects damage, while keys and TLS are what tells who sent it.
+
+    Args:
+        content: of the message.
+        record: the record that carries the digest, ``request`` or ``reply``.
+    """
+    total = hashlib.sha256()
+    for name in sorted(content):
+        part = content[name]
+        total.update(f"{name}\0{type(part).__name__}\0".encode())
+        if isinstance(part, ArrayRecord):
+            for key in sorted(part):
+                array = part[key]
+                total.update(json.dumps([key, array.dtype, list(array.shape), array.stype, len(array.data)]).encode())
+                total.update(array.data)
+        else:
+            total.update(json.dumps({key: part[key] for key in sorted(part) if (name, key) != (record, "digest")}, default=repr).encode())
+    return total.hexdigest()
+
+
+def seal(content: RecordDict, record: str) -> None:
+    """Put its digest into a message's contents."""
+    content.config_records[record]["digest"] = digest(content, record)
 
 
 def margin_dtype(config: Config) -> np.dtype:

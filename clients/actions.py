@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -11,14 +13,15 @@ import numpy as np
 from flwr.app import Context, Message
 
 from ckd_fed.checkpoint import to_arrays, to_tensors
-from ckd_fed.data.triples import StepTriples, TripleStream, triples_hash
+from ckd_fed.data.triples import StepTriples, triples_hash
 from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.errors import CkdError, ReplyError, unknown
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.training.build import triple_stream
-from ckd_fed.training.fit import mean_values, validate
+from ckd_fed.training.fit import Fit, mean_values, validate
 from ckd_fed.training.trainer import Trainer, Values
 from ckd_fed.wire import Request, Stamp, margin_dtype, read_request, refusal, reply
+from clients.catch_up import best_of, catch_up
 from clients.node import Node
 
 Answer = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]  # values, metrics, arrays
@@ -26,19 +29,20 @@ Answer = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]  # values,
 
 def enrol(request: Request, node: Node) -> Answer:
     """Say who this node is and what it holds."""
-    return {"card": json.dumps(asdict(node.card()))}, {}, {}
+    return {"card": json.dumps(asdict(node.card(request.stamp.run)))}, {}, {}
 
 
 def fit(request: Request, node: Node) -> Answer:
-    """Train a teacher (or the plain student) for the epochs of a round, from where its workspace stands."""
+    """Train a teacher (or the plain student) for the epochs of a round."""
     run, role, number = request.stamp.run, request.stamp.role, request.stamp.round
+    first = int(request.values["from-epoch"])
     model, state = node.fit(run, role)
-    if state.get("round") == number:  # asked again because the answer was lost: the same answer
+    if state.get("round") == number and state.get("from_epoch") == first:  # asked again because the answer was lost: the same answer
         rows = state["rows"]
     else:
-        _expect_epoch(request, model.epoch)
+        model = catch_up(request, node, model, first)
         rows = model.advance(int(request.values["epochs"]))
-        node.save(run, role, model, round=number, rows=rows)
+        node.save(run, role, model, round=number, from_epoch=first, rows=rows)
     columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
     values = {"done": model.done, "epoch": model.epoch, "best-epoch": model.stopping.best_epoch}
     return values, columns, {}
@@ -46,43 +50,55 @@ def fit(request: Request, node: Node) -> Answer:
 
 def test(request: Request, node: Node) -> Answer:
     """Test the best of a teacher (or of the plain student, read out as the configuration says)."""
-    model, _ = node.fit(request.stamp.run, request.stamp.role)
-    if not model.best:
-        raise ReplyError(f"{request.stamp.role} has no trained parameters in this node's workspace; it was lost, or belongs to another node")
-    model.trainer.restore(model.best)
+    model = best_of(request, node)
+    width = int(model.trainer.soft_scores().users.shape[1])
     metrics, chosen = _diagnose(request, model.trainer, "test", (0, 1))
-    return {}, {**metrics.compute(), **chosen}, {}
+    return {"width": width}, {**metrics.compute(), **chosen}, {}
 
 
 def score(request: Request, node: Node) -> Answer:
     """A teacher's margins for a stretch of the stream: a sheet for each student worker, bound to its triples by hash."""
-    model, _ = node.fit(request.stamp.run, request.stamp.role)
-    if not model.best:
-        raise ReplyError(f"{request.stamp.role} has no trained parameters in this node's workspace; it was lost, or belongs to another node")
-    model.trainer.restore(model.best)
-    stream = triple_stream(request.config, model.trainer.dataset, distillation=True)
-    teacher, dtype, workers = model.trainer.soft_scores(), margin_dtype(request.config), int(request.values["workers"])
+    run, role, config = request.stamp.run, request.stamp.role, request.config
+    first, epochs, workers = (int(request.values[name]) for name in ("from-epoch", "epochs", "workers"))
+    model = best_of(request, node)
+    stream = triple_stream(config, model.trainer.dataset, distillation=True)
+    per_epoch = stream.steps_per_epoch * (stream.batch_size + stream.kd_batch_size)
+    agreement = {
+        "split": model.trainer.dataset.fingerprint,
+        "seed": config.seed,
+        "batch_size": stream.batch_size,
+        "kd_batch_size": stream.kd_batch_size,
+        "epochs": config.training.epochs,
+    }
+    ledger = node.ledger(run, role)
+    new = ledger.admit(agreement, first, epochs, per_epoch)
+    teacher, dtype, bound = model.trainer.soft_scores(), margin_dtype(config), config.distillation.margin_bound
     sheets, hashes = {}, []
     for worker in range(workers):
-        steps = _stretch(request, stream, (worker, workers))
-        sheets[f"margins/{worker}"] = margin_sheet(teacher, steps, dtype)
+        steps = [step for epoch in range(first, first + epochs) for step in stream.epoch(epoch, (worker, workers))]
+        sheets[f"margins/{worker}"] = margin_sheet(teacher, steps, dtype, bound)
         hashes.append(triples_hash(steps))
+    ledger.note(round=request.stamp.round, from_epoch=first, epochs=epochs, margins=sum(s.size for s in sheets.values()), new=new, triples=hashes)
     return {"hashes": hashes}, {}, sheets
 
 
 def distil(request: Request, node: Node) -> Answer:
     """Train a student worker's share of a stretch of epochs on the teachers' margins, from the weights that the server sends."""
     run, role, number = request.stamp.run, request.stamp.role, request.stamp.round
-    worker, workers = int(request.values["worker"]), int(request.values["workers"])
-    model, _ = node.fit(run, role, (worker, workers))
-    _expect_epoch(request, model.epoch)
+    share = int(request.values["worker"]), int(request.values["workers"])
+    asked = _fingerprint(request)
     weights = to_tensors(request.arrays, "weights/")
+    model, state = node.fit(run, role, share, exact=not weights)
+    if state.get("round") == number and state.get("asked") == asked:  # asked again because the answer was lost: the same answer
+        node.workspace(run, role).load(model)  # an evaluation may have put other weights in
+        return state["answer"], state["metrics"], to_arrays(model.trainer.snapshot(), "weights/")
+    model, fresh = _at_epoch(request, node, model, share)
     if weights:
         model.trainer.restore(weights)
     elif model.epoch:
         raise ReplyError(f"{role}: epoch {model.epoch} is asked for without weights to go on from")
 
-    epochs = [model.trainer.stream.epoch(model.epoch + offset, (worker, workers)) for offset in range(int(request.values["epochs"]))]
+    epochs = [model.trainer.stream.epoch(model.epoch + offset, share) for offset in range(int(request.values["epochs"]))]
     sheets = _check_sheets(request, [step for steps in epochs for step in steps])
     rows, done = [], 0
     for steps in epochs:
@@ -90,19 +106,21 @@ def distil(request: Request, node: Node) -> Answer:
         rows.append(model.trainer.train_epoch(model.epoch, part, steps))
         model.epoch += 1
         done += len(steps)
-    node.save(run, role, model, round=number)
     metrics = mean_values(rows)
     if request.values["validate"]:
         metrics.update(validate(model.trainer))
-    samples = done * request.config.training.batch_size
-    return {"samples": samples, "epoch": model.epoch}, metrics, to_arrays(model.trainer.snapshot(), "weights/")
+    answer = {"samples": done * request.config.training.batch_size, "epoch": model.epoch, "fresh-optimizer": fresh}
+    ahead = state.get("epoch") != int(request.values["from-epoch"])  # done again: the state before this round is kept already
+    node.save(run, role, model, keep_previous=not ahead, round=number, asked=asked, answer=answer, metrics=metrics)
+    return answer, metrics, to_arrays(model.trainer.snapshot(), "weights/")
 
 
 def evaluate(request: Request, node: Node) -> Answer:
     """Rank a share of the users with the weights that the server sends; the answer holds sums, to be merged with other workers'."""
     worker, workers = int(request.values["worker"]), int(request.values["workers"])
-    model, _ = node.fit(request.stamp.run, request.stamp.role, (worker, workers))
+    model, state = node.fit(request.stamp.run, request.stamp.role, (worker, workers), exact=False)
     model.trainer.restore(to_tensors(request.arrays, "weights/"))
+    node.keep(request.stamp.run, request.stamp.role, model, state)
     metrics, chosen = _diagnose(request, model.trainer, str(request.values["split"]), (worker, workers))
     return {"n-users": metrics.n_users}, {**{f"sum/{name}": total for name, total in metrics.sums.items()}, **chosen}, {}
 
@@ -128,6 +146,7 @@ ACTIONS: dict[str, Callable[[Request, Node], Answer]] = {
 def handle(message: Message, context: Context) -> Message:
     """Answer a message. What a user can mend goes back as a refusal with its reason; anything else is a defect and raises."""
     stamp: Stamp | None = None
+    started = time.monotonic()
     try:
         request = read_request(message)
         stamp = request.stamp
@@ -138,21 +157,35 @@ def handle(message: Message, context: Context) -> Message:
         return refusal(message, stamp, str(error))
     except OSError as error:  # a full or unwritable disk, above all
         return refusal(message, stamp, f"the node's disk: {error}")
-    return reply(message, stamp, metrics, arrays, **values)
+    return reply(message, stamp, metrics, arrays, busy=time.monotonic() - started, **values)
 
 
-def _stretch(request: Request, stream: TripleStream, share: tuple[int, int]) -> list[StepTriples]:
-    first, epochs = int(request.values["from-epoch"]), int(request.values["epochs"])
-    return [step for epoch in range(first, first + epochs) for step in stream.epoch(epoch, share)]
+def _at_epoch(request: Request, node: Node, model: Fit, share: tuple[int, int]) -> tuple[Fit, bool]:
+    """A worker's model before the epoch asked for, and whether its optimiser starts anew.
+
+    The workspace is where it should be, or a round ahead (then the state before that round is taken). Where it has neither (it was lost,
+    or another node played this worker meanwhile) the weights are the server's all the same and only Adam's moments start anew.
+    """
+    run, role, first = request.stamp.run, request.stamp.role, int(request.values["from-epoch"])
+    if model.epoch == first:
+        return model, False
+    model = node.fresh(role, share)
+    workspace = node.workspace(run, role)
+    if first and workspace.previous.is_file():
+        workspace.load(model, previous=True)
+        if model.epoch == first:
+            return model, False
+        model = node.fresh(role, share)
+    model.epoch = first
+    return model, first > 0
 
 
-def _expect_epoch(request: Request, epoch: int) -> None:
-    wanted = int(request.values["from-epoch"])
-    if epoch != wanted:
-        raise ReplyError(
-            f"{request.stamp.role} is at epoch {epoch} in this node's workspace, the server expects {wanted}; "
-            "the workspace was lost, or another node plays this role"
-        )
+def _fingerprint(request: Request) -> str:
+    """Of everything that decides the outcome of a round of distillation."""
+    digest = hashlib.sha256(json.dumps(dict(sorted(request.values.items()))).encode())
+    for name, array in sorted(request.arrays.items()):
+        digest.update(name.encode() + b"\0" + array.tobytes())
+    return digest.hexdigest()
 
 
 def _check_sheets(request: Request, steps: list[StepTriples]) -> dict[str, np.ndarray]:

@@ -15,14 +15,14 @@ import torch
 from ckd_fed.backbones.build import backbone_class
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, load_dataset
-from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import locate
 from ckd_fed.errors import ConfigError, unknown
 from ckd_fed.home import code_version, home
 from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
 from ckd_fed.wire import NodeCard
-from clients.workspace import Workspace
+from clients.ledger import Ledger
+from clients.workspace import Workspace, held_roles
 
 ROLES = ("teacher", "student")
 
@@ -32,6 +32,7 @@ class _Cached:
     state_id: str
     fit: Fit
     state: dict[str, Any]
+    exact: bool  # the parameters are those of the file, not its best ones nor the server's
 
 
 _FITS: dict[Path, _Cached] = {}
@@ -41,8 +42,9 @@ _FITS: dict[Path, _Cached] = {}
 class Node:
     """A node as its node-config describes it.
 
-    ``role`` (teacher or student), ``modality`` (of a teacher), ``data-dir``, ``device`` and ``home`` are read from the node-config of a
-    real node. A simulated node has only its place among the others; the server gives it roles.
+    ``role`` (teacher or student), ``modality`` (of a teacher), ``data-dir``, ``device``, ``home`` and ``score-budget`` (of a teacher, see
+    :class:`~clients.ledger.Ledger`) are read from the node-config of a real node. A simulated node has only its place among the others;
+    the server gives it roles.
     """
 
     config: Config
@@ -58,8 +60,8 @@ class Node:
             return self._dataset((role.removeprefix("teacher/"),))
         return self._dataset(self.config.modalities or None)
 
-    def card(self) -> NodeCard:
-        """What this node says of itself at enrolment; loads and checks its data."""
+    def card(self, run: str) -> NodeCard:
+        """What this node says of itself at enrolment to a run; loads and checks its data."""
         role, modality = str(self.node_config.get("role", "")), str(self.node_config.get("modality", ""))
         simulated = "partition-id" in self.node_config
         if role and role not in ROLES:
@@ -80,36 +82,66 @@ class Node:
             n_items=dataset.n_items,
             n_train=len(dataset.train),
             modalities=",".join(dataset.modalities),
-            features=json.dumps({m: features_fingerprint(matrix) for m, matrix in dataset.features.items()}),
+            features=json.dumps(dataset.feature_fingerprints()),
             dataset=dataset.describe(),
             standin=dataset.standin,
             counterfactual=backbone_class(self.config.backbone).scores_use_features,
             device=str(self.device),
             host=platform.node(),
+            held=json.dumps(held_roles(self._workspaces, run)),
         )
 
     def workspace(self, run: str, role: str) -> Workspace:
         """A role's place on this node's disk."""
-        return Workspace(home(self.config, self.node_config) / "workspace", run, role)
+        return Workspace(self._workspaces, run, role)
 
-    def fit(self, run: str, role: str, share: tuple[int, int] = (0, 1)) -> tuple[Fit, dict[str, Any]]:
-        """A role's model in the state it was last saved in (fresh where none was), and the values saved beside it."""
+    def ledger(self, run: str, role: str) -> Ledger:
+        """What a teacher of this node gave away in a run."""
+        budget = self.node_config.get("score-budget", 0)
+        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
+            raise ConfigError(f"node-config: score-budget is {budget!r}; a whole number of margins is needed, 0 for no limit")
+        return Ledger(self.workspace(run, role).path.parent, budget)
+
+    @property
+    def _workspaces(self) -> Path:
+        return home(self.config, self.node_config) / "workspace"
+
+    def fit(self, run: str, role: str, share: tuple[int, int] = (0, 1), *, exact: bool = True) -> tuple[Fit, dict[str, Any]]:
+        """A role's model in the state it was last saved in (fresh where none was), and the values saved beside it.
+
+        It is taken out of the memory of this process: whoever is interrupted while he works on it must not leave it there half trained.
+        :meth:`save` and :meth:`keep` put it back.
+
+        Args:
+            run, role: whose.
+            share: (w, W) of a student worker.
+            exact: the parameters matter; otherwise the caller puts others in anyhow.
+        """
         workspace = self.workspace(run, role)
-        cached = _FITS.get(workspace.path)
-        if cached and cached.state_id == workspace.state_id():
+        cached = _FITS.pop(workspace.path, None)
+        if cached and cached.state_id == workspace.state_id() and (cached.exact or not exact):
             return cached.fit, cached.state
-        distilled = role.startswith("student/") and self.config.distillation.enabled
-        name = role.partition("/")[0] if role.startswith("student/") else role  # all workers start from the same student
-        fit = build_fit(self.config, build_trainer(self.config, self.dataset(role), name, distilled=distilled, device=self.device, share=share))
+        fit = self.fresh(role, share)
         return fit, workspace.load(fit) if workspace.exists else {}
 
-    def save(self, run: str, role: str, fit: Fit, **values: Any) -> None:
+    def fresh(self, role: str, share: tuple[int, int] = (0, 1)) -> Fit:
+        """A role's model before its first epoch."""
+        distilled = role.startswith("student/") and self.config.distillation.enabled
+        name = role.partition("/")[0] if role.startswith("student/") else role  # all workers start from the same student
+        return build_fit(self.config, build_trainer(self.config, self.dataset(role), name, distilled=distilled, device=self.device, share=share))
+
+    def save(self, run: str, role: str, fit: Fit, *, keep_previous: bool = False, **values: Any) -> None:
         """Save a role's model, and remember it for as long as this process and the file live."""
         workspace = self.workspace(run, role)
-        state_id = workspace.save(fit, **values)
+        state_id = workspace.save(fit, keep_previous=keep_previous, **values)
         for path in [path for path in _FITS if run not in path.parts]:
             del _FITS[path]  # earlier runs in a process that outlives them
-        _FITS[workspace.path] = _Cached(state_id, fit, {"epoch": fit.epoch, **values})
+        _FITS[workspace.path] = _Cached(state_id, fit, {"epoch": fit.epoch, **values}, exact=True)
+
+    def keep(self, run: str, role: str, fit: Fit, state: dict[str, Any]) -> None:
+        """Remember a model whose parameters are others than those saved."""
+        workspace = self.workspace(run, role)
+        _FITS[workspace.path] = _Cached(workspace.state_id(), fit, state, exact=False)
 
     def _dataset(self, modalities: tuple[str, ...] | None) -> Dataset:
         path, standin = locate(self.config, self.node_config)

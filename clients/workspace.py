@@ -3,10 +3,15 @@
 In a deployment every message is handled by a fresh process, so whatever must survive one lives here: parameters, optimiser state,
 early stopping and the best parameters of a role, as one file that is replaced atomically. A cache in memory saves reading it again
 where the process does survive (a simulation); it counts only while it matches the file.
+
+A node may be ahead of the server: it trained a round, and the answer was lost or the server died before it took the answer. So a state
+holds what was answered, and the state before it can be kept (``previous.safetensors``), to repeat a round or to do it again.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -37,8 +42,15 @@ class Workspace:
     def exists(self) -> bool:
         return self.path.is_file()
 
-    def save(self, fit: Fit, **more: Any) -> str:
+    @property
+    def previous(self) -> Path:
+        """The state before the last one, where it was kept."""
+        return self.path.with_name("previous.safetensors")
+
+    def save(self, fit: Fit, *, keep_previous: bool = False, **more: Any) -> str:
         """Write a fit's whole state and further JSON-able values; returns the state's id."""
+        if keep_previous and self.exists:
+            self._keep()
         state_id = uuid.uuid4().hex
         arrays = {
             **to_arrays(fit.trainer.snapshot(), "parameter/"),
@@ -49,13 +61,14 @@ class Workspace:
         save_checkpoint(self.path, arrays, {"id": state_id, "role": self.role, "epoch": fit.epoch, "stopping": stopping, **more})
         return state_id
 
-    def load(self, fit: Fit) -> dict[str, Any]:
-        """Load a fit's state and return the values saved beside it.
+    def load(self, fit: Fit, *, previous: bool = False) -> dict[str, Any]:
+        """Load a fit's state (or the state before it) and return the values saved beside it.
 
         Raises:
             DataError: nothing was saved, or the file is damaged or belongs to another model.
         """
-        arrays, state = load_checkpoint(self.path)
+        path = self.previous if previous else self.path
+        arrays, state = load_checkpoint(path)
         try:
             fit.trainer.restore(to_tensors(arrays, "parameter/"))
             fit.trainer.load_optimizer_state(to_tensors(arrays, "optimizer/"))
@@ -64,9 +77,31 @@ class Workspace:
             fit.stopping = EarlyStopping(**{**stopping, "best": float("-inf") if stopping["best"] is None else stopping["best"]})
             fit.epoch = int(state["epoch"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise DataError(f"{self.path} does not fit this run's model: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{path} does not fit this run's model: {str(error).splitlines()[0]}") from None
         return state
 
     def state_id(self) -> str:
         """Id of the state on disk; empty where there is none."""
         return str(load_state(self.path)["id"]) if self.exists else ""
+
+    def _keep(self) -> None:
+        """Give the file of the present state a second name; there is no moment without a whole state."""
+        spare = self.previous.with_suffix(".new")
+        spare.unlink(missing_ok=True)
+        try:
+            os.link(self.path, spare)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.path, spare)
+        os.replace(spare, self.previous)
+
+
+def held_roles(root: Path, run: str) -> dict[str, int]:
+    """Role -> epochs trained, of a run's roles in this node's workspace; a damaged state counts as absent."""
+    held = {}
+    for path in sorted((root / run).glob("*/state.safetensors")):
+        try:
+            state = load_state(path)
+            held[str(state["role"])] = int(state["epoch"])
+        except (DataError, KeyError, ValueError, TypeError):
+            continue
+    return held

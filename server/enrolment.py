@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckd_fed.config import Config
-from ckd_fed.errors import EnrolmentError, ReplyError, unknown
+from ckd_fed.errors import EnrolmentError, LostError, ReplyError, unknown
 from ckd_fed.wire import NodeCard, read_card
 from server.exchange import Ask, Exchange
 
@@ -22,7 +22,7 @@ class Plan:
     Attributes:
         teachers: modality -> node id; empty without distillation.
         students: node id of each student worker, the first being worker 0.
-        spare: nodes without a role.
+        spare: nodes without a role; a second teacher of a modality is its hot spare.
         cards: node id -> what it said of itself.
         modalities: of the student, in order.
     """
@@ -47,57 +47,73 @@ class Plan:
         """A line for each role: role, node, host, device."""
         roles = [(f"teacher {m}", node) for m, node in self.teachers.items()]
         roles += [(f"student worker {index}" if len(self.students) > 1 else "student", node) for index, node in enumerate(self.students)]
-        roles += [("spare", node) for node in self.spare]
+        roles += [(f"spare {self.cards[node].role} {self.cards[node].modality}".rstrip(), node) for node in self.spare]
         return [f"  {role:<18} node {node} on {self.cards[node].host} ({self.cards[node].device})" for role, node in roles]
 
 
-def enrol(exchange: Exchange, write: Callable[[str], None]) -> Plan:
+def enrol(exchange: Exchange, write: Callable[[str], None], absent: Sequence[str] = ()) -> Plan:
     """Wait until the nodes needed are there and agree, up to ``federation.enrol-timeout``.
+
+    Args:
+        exchange: with the nodes.
+        write: prints one line.
+        absent: modalities whose teacher is not waited for, because the run that is gone on with has dropped it.
 
     Raises:
         EnrolmentError: what is missing at the deadline; at once what cannot be mended by waiting (different splits or code, a
-            modality that is unknown or taken twice, data that a node cannot use).
+            modality that is unknown, or has two teachers with different features, data that a node cannot use).
     """
     config = exchange.config
     deadline = time.monotonic() + config.federation.enrol_timeout
     cards: dict[int, NodeCard] = {}
-    asked: set[int] = set()
     missing = "no node has connected"
     while True:
-        new = [node for node in exchange.grid.get_node_ids() if node not in asked]
+        connected = set(exchange.grid.get_node_ids())
+        cards = {node: card for node, card in cards.items() if node in connected}  # who has gone meanwhile may come back
+        new = sorted(connected - set(cards))
         if new:
-            cards.update(_ask_cards(exchange, new, max(1.0, deadline - time.monotonic())))
-            asked.update(new)
+            cards.update(_ask_cards(exchange, new, max(1.0, deadline - time.monotonic()), write))
         if cards:
-            plan, missing = assign(config, cards)
+            plan, missing = assign(config, cards, absent)
             if plan:
                 return plan
         if time.monotonic() >= deadline:
-            there = ", ".join(_name(node, card) for node, card in cards.items()) or "none"
+            there = ", ".join(full_name(node, card) for node, card in cards.items()) or "none"
             raise EnrolmentError(f"after {config.federation.enrol_timeout:.0f} s (federation.enrol-timeout) {missing}; nodes there: {there}")
         if new:
             write(f"waiting for nodes: {missing}" if missing else "waiting for nodes")
         time.sleep(min(_SETTLE, max(0.0, deadline - time.monotonic())))
 
 
-def _ask_cards(exchange: Exchange, nodes: list[int], timeout: float) -> dict[int, NodeCard]:
-    asks = [Ask(node, "enrol", f"node/{node}") for node in nodes]
-    good, failed = exchange.replies(exchange.send(0, asks), timeout)
+def _ask_cards(exchange: Exchange, nodes: list[int], timeout: float, write: Callable[[str], None]) -> dict[int, NodeCard]:
+    """Cards of nodes; one that was lost while it was asked is left out, one that says why it cannot take part ends the run."""
+    cards, failed = ask_cards(exchange, nodes, timeout)
+    for node in [node for node, error in failed.items() if isinstance(error, LostError)]:
+        write(f"node {node} was lost at enrolment: {failed.pop(node)}")
     reasons = list(dict.fromkeys(str(error).partition(": ")[2] if len(failed) > 1 else str(error) for error in failed.values()))
     if reasons:
         raise EnrolmentError("; ".join(reasons))
-    try:
-        return {int(stamp.role.removeprefix("node/")): read_card(answer) for stamp, answer in good.items()}
-    except ReplyError as error:
-        raise EnrolmentError(str(error)) from None
+    return cards
 
 
-def assign(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, str]:
+def ask_cards(exchange: Exchange, nodes: list[int], timeout: float) -> tuple[dict[int, NodeCard], dict[int, ReplyError]]:
+    """Ask nodes who they are: node -> card, and node -> why it has none."""
+    good, failed = exchange.ask_once([(Ask(0, "enrol", f"node/{node}"), node) for node in nodes], timeout)
+    cards: dict[int, NodeCard] = {}
+    for node, answer in good.items():
+        try:
+            cards[node] = read_card(answer)
+        except ReplyError as error:
+            failed[node] = error
+    return cards, failed
+
+
+def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str] = ()) -> tuple[Plan | None, str]:
     """Give roles to the nodes there.
 
-    Real nodes have theirs from their node-config. Simulated nodes are all alike: roles are dealt to them in the order of their
-    partitions, several to a node where there are fewer nodes than roles; nodes beyond the roles become student workers up to
-    ``federation.student-workers``, and spare beyond that.
+    Real nodes have theirs from their node-config; as many students as ``federation.student-workers`` are waited for. Simulated nodes are
+    all alike: roles are dealt to them in the order of their partitions, several to a node where there are fewer nodes than roles; nodes
+    beyond the roles become student workers up to ``federation.student-workers``, and spare beyond that.
 
     Returns:
         A plan and "", or None and what is still missing.
@@ -113,37 +129,64 @@ def assign(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, 
     teachers: dict[str, int] = {}
     for node, card in cards.items():
         if card.role == "teacher":
-            if card.modality in teachers:
-                other = teachers[card.modality]
+            other = teachers.setdefault(card.modality, node)
+            if cards[other].features != card.features:
                 raise EnrolmentError(
-                    f"modality {card.modality!r} is taken twice: by {_name(other, cards[other])} and by {_name(node, card)}; stop one of them"
+                    f"modality {card.modality!r} has two teachers with different features: {full_name(other, cards[other])} and "
+                    f"{full_name(node, card)}; a hot spare needs the same {card.modality}_feat.npy, so give it that or stop one of them"
                 )
-            teachers[card.modality] = node
-    students = [node for node, card in cards.items() if card.role == "student"]
+            role = f"teacher/{card.modality}"
+            if held(card).get(role, 0) > held(cards[other]).get(role, 0):
+                teachers[card.modality] = node  # it is where the run is; the other is the hot spare
+    students = _in_order([node for node, card in cards.items() if card.role == "student"], cards)
     if not students:
         return None, 'a student node is missing (role="student")'
     modalities = config.modalities or tuple(cards[students[0]].modalities.split(","))
     for modality, node in teachers.items():
         if modality not in modalities:
-            raise EnrolmentError(f"{_name(node, cards[node])} enrolled for an {unknown('modality', modality, modalities)}")
+            raise EnrolmentError(f"{full_name(node, cards[node])} enrolled for an {unknown('modality', modality, modalities)}")
     for node in students[1:]:
         if set(cards[node].modalities.split(",")) != set(cards[students[0]].modalities.split(",")):
             raise EnrolmentError(
-                f"two student nodes have different modalities: {_name(students[0], cards[students[0]])} {cards[students[0]].modalities}, "
-                f"{_name(node, cards[node])} {cards[node].modalities}; set data.modalities or give both the same files"
+                f"two student nodes have different modalities: {full_name(students[0], cards[students[0]])} {cards[students[0]].modalities}, "
+                f"{full_name(node, cards[node])} {cards[node].modalities}; set data.modalities or give both the same files"
             )
     if config.distillation.enabled:
-        absent = [m for m in modalities if m not in teachers]
+        absent = [m for m in modalities if m not in teachers and m not in dropped]
         if absent:
             return None, f"the teacher of {' and of '.join(absent)} is missing"
     else:
         teachers = {}
-    workers = students[: config.federation.student_workers]
-    workers = workers[: _steps(config, cards[workers[0]])]
+    wanted = min(config.federation.student_workers, _steps(config, cards[students[0]]))
+    if len(students) < wanted:
+        return None, f"{wanted - len(students)} of {wanted} student nodes (federation.student-workers) are missing"
+    workers = students[:wanted]
     used = {*workers, *teachers.values()}
     return Plan(
         {m: teachers[m] for m in modalities if m in teachers}, tuple(workers), tuple(n for n in cards if n not in used), cards, modalities
     ), ""
+
+
+def held(card: NodeCard) -> dict[str, int]:
+    """Role -> epochs trained, of this run's roles in a node's workspace."""
+    try:
+        found = json.loads(card.held)
+        return {str(role): int(epoch) for role, epoch in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _in_order(students: list[int], cards: Mapping[int, NodeCard]) -> list[int]:
+    """Student nodes as workers 0, 1, …: in a run that is resumed, those that were one before as the same again."""
+    order: list[int] = []
+    free = list(students)
+    for worker in range(len(students)):
+        known = {node: held(cards[node]) for node in free}
+        # One that has been another worker is the last choice: it may be needed as that.
+        best = max(free, key=lambda node: (known[node].get(f"student/{worker}", -1), -len([r for r in known[node] if r.startswith("student/")])))
+        order.append(best)
+        free.remove(best)
+    return order
 
 
 def _deal(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, str]:
@@ -171,12 +214,13 @@ def _agree(cards: Mapping[int, NodeCard]) -> None:
     for node, other in others:
         if other.code != card.code:
             raise EnrolmentError(
-                f"two nodes run different code: {_name(first, card)} {card.code}, {_name(node, other)} {other.code}; install the same version on both"
+                f"two nodes run different code: {full_name(first, card)} {card.code}, {full_name(node, other)} {other.code}; "
+                "install the same version on both"
             )
         if other.split != card.split:
             raise EnrolmentError(
-                f"two nodes hold different splits: {_name(first, card)} {card.split[:12]} ({card.dataset}), "
-                f"{_name(node, other)} {other.split[:12]} ({other.dataset}); give both the same train.json, val.json and test.json"
+                f"two nodes hold different splits: {full_name(first, card)} {card.split[:12]} ({card.dataset}), "
+                f"{full_name(node, other)} {other.split[:12]} ({other.dataset}); give both the same train.json, val.json and test.json"
             )
 
 
@@ -186,6 +230,7 @@ def different_features(plan: Plan) -> list[str]:
     return [m for m, node in plan.teachers.items() if json.loads(plan.cards[node].features).get(m) != student.get(m)]
 
 
-def _name(node: int, card: NodeCard) -> str:
+def full_name(node: int, card: NodeCard) -> str:
+    """A node for people: role, id and host."""
     role = f"{card.role} {card.modality}".strip() or f"simulated node {card.partition}"
     return f"{role} (node {node} on {card.host})"

@@ -1,11 +1,11 @@
-"""One federated run: enrolment, teacher rounds, distillation rounds, the end."""
+"""One federated run: teacher rounds, distillation rounds, the end."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -14,36 +14,29 @@ from ckd_fed.errors import ReplyError
 from ckd_fed.evaluation.metrics import RankingMetrics, metric_keys
 from ckd_fed.tracking.record import Record
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
-from ckd_fed.training.early_stopping import EarlyStopping
-from ckd_fed.wire import Reply, margin_dtype
+from ckd_fed.training.trainer import METRIC
+from server.checkpoints import DISTILLATION, FINISHED, TEACHERS, Learner, RunState, save_state
+from server.checks import (
+    FitReport,
+    Sheets,
+    WorkerReport,
+    check_evaluation,
+    check_fit,
+    check_sheets,
+    check_test,
+    check_worker,
+    disagreement,
+    split_readout,
+)
 from server.enrolment import Plan
-from server.exchange import Ask, Exchange, Pending
+from server.exchange import Ask, Exchange
+from server.recovery import Recovery, Round
 from server.reweighting import Reweighting, average_weights, weighted_mean
-
-METRIC = "recall@20"
-
-
-@dataclass
-class _Learner:
-    """The server's view of a teacher or of the plain student."""
-
-    node: int
-    epoch: int = 0
-    best_epoch: int = 0
-    best: float = 0.0
-    done: bool = False
-
-
-@dataclass
-class _Sheets:
-    """The teachers' margins of one stretch: modality -> a sheet and a hash for each worker."""
-
-    sheets: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    hashes: dict[str, list[str]] = field(default_factory=dict)
+from server.roster import Roster
 
 
 class Federation:
-    """Runs the two phases over an exchange, and records them.
+    """Runs the two phases over an exchange, records them, and checkpoints every round.
 
     The server holds no features and trains nothing: it passes margins from teachers to students, averages the workers' parameters,
     merges their effects, decides when to stop and keeps the best student.
@@ -52,210 +45,290 @@ class Federation:
         exchange: with the nodes.
         plan: who plays which role.
         record: of the run.
+        state: a new run's, or that of a run to go on with.
     """
 
-    def __init__(self, exchange: Exchange, plan: Plan, record: Record) -> None:
-        self.exchange = exchange
+    def __init__(self, exchange: Exchange, plan: Plan, record: Record, state: RunState) -> None:
         self.plan = plan
         self.record = record
+        self.state = state
         self.config: Config = exchange.config
-        self.number = 0  # of the round, over both phases
-        self.result = RunResult(plan.modalities, record.directory)
-        self.reweighting = Reweighting(tuple(plan.teachers) if plan.card.counterfactual else ())
+        self.teachers = [m for m in plan.teachers if m not in state.dropped]
+        self.roster = Roster(exchange, plan, record.write)
+        self.recovery = Recovery(exchange, self.roster, record.write)
+        self.result = RunResult(plan.modalities, record.directory, state.outcomes)
+        self.reweighting = Reweighting(tuple(self._weighed(self.teachers)), state.reweighting)
         self.steps = plan.card.n_train // self.config.training.batch_size + 1
+        self._elapsed, self._started = state.elapsed, time.monotonic()
 
     def run(self) -> RunResult:
-        """Both phases, then the best student's test."""
-        self._teach()
+        """Both phases from where the state stands, then the best student's test."""
+        if not self.state.number:
+            self.checkpoint()  # from now on there is something to resume
+        if self.state.phase == TEACHERS:
+            self._teach()
         self._distil()
         return self.result
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that this run has taken, in all its processes."""
+        return self._elapsed + time.monotonic() - self._started
+
+    def finish(self) -> None:
+        """Mark the run as finished, once its final row is written."""
+        self.state.phase = FINISHED
+        self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write down the state as of the last row of the record."""
+        self.state.elapsed = self.elapsed
+        self.state.recorded = self.record.position()
+        save_state(self.record.directory, self.state)
 
     # --- phase 1 -----------------------------------------------------------------------------------------------------------------
 
     def _teach(self) -> None:
         """Teacher rounds until every teacher (and the plain student, if asked for) has converged; then their tests."""
-        learners = {f"teacher/{m}": _Learner(node) for m, node in self.plan.teachers.items()}
-        if self.config.plain and self.plan.teachers:
-            learners["plain"] = _Learner(self.plan.students[0])
-        epochs = self.config.teacher_round
-        while any(not learner.done for learner in learners.values()):
-            self.number += 1
+        state, epochs = self.state, self.config.teacher_round
+        if not state.learners:
+            roles = [f"teacher/{m}" for m in self.teachers] + (["plain"] if self.config.plain and self.teachers else [])
+            state.learners.update({role: Learner() for role in roles})
+        while any(not learner.done for learner in state.learners.values()):
             started = time.monotonic()
             asks = [
-                Ask(learner.node, "fit", role, values={"from-epoch": learner.epoch, "epochs": epochs})
-                for role, learner in learners.items()
+                Ask(
+                    state.number + 1,
+                    "fit",
+                    role,
+                    values={"from-epoch": learner.epoch, "epochs": epochs},
+                    check=partial(check_fit, config=self.config, before=learner.epoch),
+                )
+                for role, learner in state.learners.items()
                 if not learner.done
             ]
-            replies = self.exchange.ask(self.number, asks)
-            reports = {}
-            for ask in asks:
-                learner = learners[ask.role]
-                reports[ask.role] = self._take_fit(replies["fit", ask.role], learner)
-            self.record.pretraining_round(self.number, reports, time.monotonic() - started, sum(reply.n_bytes for reply in replies.values()))
-        replies = self.exchange.ask(self.number, [Ask(learner.node, "test", role) for role, learner in learners.items()])
-        for role, learner in learners.items():
-            metrics, chosen = _split_readout(replies["test", role].numbers(metric_keys(self.config.ks)))
-            self.result.outcomes[role] = Outcome(learner.best_epoch, learner.epoch, learner.best, metrics, chosen)
+            done = self._ask(asks)
+            state.number += 1
+            reports = {ask.role: self._take_fit(done.value("fit", ask.role), state.learners[ask.role]) for ask in asks if ask.role in state.learners}
+            seconds = time.monotonic() - started
+            self._add(seconds, done)
+            self.record.pretraining_round(state.number, reports, seconds, done.sent_bytes + _n_bytes(done))
+            self.checkpoint()
+        asks = [Ask(state.number, "test", role, values=self._best(role), check=partial(check_test, config=self.config)) for role in state.learners]
+        done = self._ask(asks) if asks else Round()
+        for role, learner in state.learners.items():
+            report = done.value("test", role)
+            learner.width = report.width
+            state.outcomes[role] = Outcome(learner.best_epoch, learner.epoch, learner.best, report.metrics, report.readout)
+        state.phase = DISTILLATION
+        self.checkpoint()
 
-    def _take_fit(self, reply: Reply, learner: _Learner) -> list[dict[str, float]]:
-        rows = reply.rows([f"val/{METRIC}", "epoch", "loss/total", "gain"])
-        epoch = reply.integer("epoch", learner.epoch)
-        asked = self.config.teacher_round
-        if not learner.epoch < epoch <= min(learner.epoch + asked, self.config.training.epochs):
-            raise ReplyError(f"{reply.stamp}: it says that it is at epoch {epoch} after at most {asked} from {learner.epoch}")
-        learner.epoch, learner.done = epoch, reply.flag("done")
-        learner.best_epoch = reply.integer("best-epoch", -1)
-        learner.best = max([learner.best, *(row[f"val/{METRIC}"] for row in rows)])
-        if rows:
-            rows[-1]["done"] = float(learner.done)
-        return rows
+    def _take_fit(self, report: FitReport, learner: Learner) -> list[dict[str, float]]:
+        learner.epoch, learner.best_epoch, learner.done = report.epoch, report.best_epoch, report.done
+        learner.best = max([learner.best, *(row[f"val/{METRIC}"] for row in report.rows)])
+        report.rows[-1]["done"] = float(learner.done)
+        return report.rows
+
+    def _best(self, role: str) -> dict[str, float]:
+        """Which parameters of a teacher are meant: a node that does not hold them trains up to them."""
+        learner = self.state.learners[role]
+        return {"best-epoch": learner.best_epoch, "best": learner.best}
 
     # --- phase 2 -----------------------------------------------------------------------------------------------------------------
 
     def _distil(self) -> None:
         """Distillation rounds: the scores of the next stretch are fetched while this one trains."""
-        config = self.config
-        stopping = EarlyStopping(config.training.patience)
-        weights: dict[str, np.ndarray] | None = None
-        best: dict[str, np.ndarray] = {}
-        epoch = 0
-        scores = self._request_scores(epoch)
-        sheets = self._take_scores(self.exchange.all_replies(scores), epoch) if scores else _Sheets()
-        while epoch < config.training.epochs and not stopping.stop:
-            self.number += 1
+        config, state = self.config, self.state
+        sheets: dict[str, Sheets] = {}
+        while state.epoch < config.training.epochs and not state.stopping.stop:
             started = time.monotonic()
-            epochs = self._stretch(epoch)
-            training = self.exchange.send(self.number, self._distil_asks(epoch, epochs, weights, sheets))
-            ahead = self._request_scores(epoch + epochs)
-            replies = self.exchange.all_replies(training, *([ahead] if ahead else []))
-            weights, values = self._take_students(replies, epoch + epochs, epochs, weights)
-            epoch += epochs
-            if len(self.plan.students) > 1:
-                values.update(self._evaluate(weights, "val"))
-            gain = stopping.update(values[f"val/{METRIC}"], epoch)
+            first = Round()
+            if self.teachers and not sheets:
+                first = self._ask(self._score_asks(state.epoch, state.number + 1))
+                sheets = self._agreed(first, state.epoch, state.number + 1)
+            epochs = self._stretch(state.epoch)
+            taught = list(sheets)
+            ahead = self._score_asks(state.epoch + epochs, state.number + 2)
+            done = self._ask([*self._distil_asks(epochs, sheets), *ahead])
+            state.number += 1
+            state.epoch += epochs
+            values = self._take_workers(done, taught)
+            rounds = [first, done]
+            if self.state.workers > 1:
+                evaluated, metrics = self._evaluate(state.last, "val")
+                values.update(metrics)
+                rounds.append(evaluated)
+            gain = state.stopping.update(values[f"val/{METRIC}"], state.epoch)
             if gain:
-                best = weights
-                self.record.checkpoint("best", best, epoch=epoch, round=self.number)
-            self.record.checkpoint("last", weights, epoch=epoch, round=self.number)
-            n_bytes = training.sent_bytes + sum(reply.n_bytes for reply in replies.values())
-            margin_bytes = sum(reply.n_bytes for (action, _), reply in replies.items() if action == "score")
-            values.update(epoch=float(epoch), gain=float(gain), seconds=time.monotonic() - started, bytes=float(n_bytes))
-            values["bytes/margins"] = float(margin_bytes)
-            values.update(self.exchange.seconds_by_role(replies))
-            self.record.distillation_round(self.number, self._against_teachers(values), self.plan.modalities)
-            if ahead:
-                sheets = self._take_scores(replies, epoch)
-        tested = self._evaluate(best, "test")
-        metrics, chosen = _split_readout({name.removeprefix("val/"): value for name, value in tested.items()})
-        self.result.outcomes["student"] = Outcome(stopping.best_epoch, epoch, stopping.best, metrics, chosen)
+                state.best = state.last
+                self.record.checkpoint("best", state.best, epoch=state.epoch, round=state.number)
+            self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
+            seconds = time.monotonic() - started
+            values.update(epoch=float(state.epoch), gain=float(gain), seconds=seconds)
+            values.update(self._add(seconds, *rounds))
+            self.record.distillation_round(state.number, self._against_teachers(values), self.plan.modalities)
+            self.checkpoint()
+            sheets = self._agreed(done, state.epoch, state.number + 1) if ahead and self.teachers else {}
+        _, tested = self._evaluate(state.best, "test")
+        test, readout = split_readout({name.removeprefix("val/"): value for name, value in tested.items()})
+        state.outcomes["student"] = Outcome(state.stopping.best_epoch, state.epoch, state.stopping.best, test, readout)
 
     def _stretch(self, epoch: int) -> int:
         """Epochs of the round that starts at an epoch: up to the next validation, or the last epoch."""
         return max(0, min(self.config.training.validate_every, self.config.training.epochs - epoch))
 
-    def _request_scores(self, epoch: int) -> Pending | None:
-        """Ask all teachers for the margins of the stretch that starts at an epoch; None if there is none."""
+    def _share(self, worker: int) -> int:
+        """Steps of an epoch that are a worker's."""
+        return len(range(worker, self.steps, self.state.workers))
+
+    def _score_asks(self, epoch: int, number: int) -> list[Ask]:
+        """Ask all teachers for the margins of the stretch that starts at an epoch; none if there is none."""
         epochs = self._stretch(epoch)
-        if not epochs or not self.plan.teachers:
-            return None
-        values = {"from-epoch": epoch, "epochs": epochs, "workers": len(self.plan.students)}
-        return self.exchange.send(self.number + 1, [Ask(node, "score", f"teacher/{m}", values=values) for m, node in self.plan.teachers.items()])
+        if not epochs:
+            return []
+        values = {"from-epoch": epoch, "epochs": epochs, "workers": self.state.workers}
+        steps = [epochs * self._share(worker) for worker in range(self.state.workers)]
+        check = partial(check_sheets, config=self.config, steps=steps)
+        roles = [f"teacher/{m}" for m in self.teachers]
+        return [Ask(number, "score", role, values={**values, **self._best(role)}, check=check) for role in roles]
 
-    def _take_scores(self, replies: Mapping[tuple[str, str], Reply], epoch: int) -> _Sheets:
-        """Check the sheets: shape, dtype, finite, and bound to the same triples by every teacher."""
-        config, taken = self.config, _Sheets()
-        columns = config.training.batch_size + config.distillation.batch_size
-        workers = len(self.plan.students)
-        for m in self.plan.teachers:
-            reply = replies["score", f"teacher/{m}"]
-            shapes = [(self._stretch(epoch) * len(range(worker, self.steps, workers)), columns) for worker in range(workers)]
-            taken.sheets[m] = [reply.array(f"margins/{worker}", shape, margin_dtype(config)) for worker, shape in enumerate(shapes)]
-            hashes = reply.values.get("hashes")
-            if not isinstance(hashes, list) or len(hashes) != workers or not all(isinstance(said, str) for said in hashes):
-                raise ReplyError(f"{reply.stamp}: its hashes are {hashes!r}, one for each of {workers} workers is needed")
-            taken.hashes[m] = hashes
-        first = next(iter(taken.hashes))
-        for m, hashes in taken.hashes.items():
-            if hashes != taken.hashes[first]:
-                raise ReplyError(f"teachers {first} and {m} answered for different triples; their split, seed or code differs")
-        return taken
+    def _agreed(self, done: Round, epoch: int, number: int) -> dict[str, Sheets]:
+        """The sheets of all teachers, asked for again where they are bound to different triples.
 
-    def _distil_asks(self, epoch: int, epochs: int, weights: Mapping[str, np.ndarray] | None, sheets: _Sheets) -> list[Ask]:
+        Raises:
+            ReplyError: they still are after ``federation.retry-limit`` tries.
+        """
+        for _ in range(self.config.federation.retry_limit + 1):
+            sheets: dict[str, Sheets] = {m: done.value("score", f"teacher/{m}") for m in self.teachers}
+            reason = disagreement(sheets)
+            if not reason:
+                return sheets
+            self.record.write(f"{reason}; asking them again")
+            done = self._ask(self._score_asks(epoch, number))
+        raise ReplyError(reason)
+
+    def _distil_asks(self, epochs: int, sheets: Mapping[str, Sheets]) -> list[Ask]:
+        state, weighed = self.state, self._weighed(sheets)
+        required = ["loss/total", *(f"{kind}/{m}" for kind in ("specific", "generic") for m in sheets)]
+        required += [f"{kind}/{m}" for kind in ("effect", "weight") for m in weighed]
+        if state.workers == 1:
+            required += [f"val/{METRIC}", *(f"only/{m}/{METRIC}" for m in self._weighed(self.plan.modalities))]
         asks = []
-        for worker, node in enumerate(self.plan.students):
-            arrays = {f"weights/{name}": array for name, array in (weights or {}).items()}
-            arrays.update({f"margins/{m}": by_worker[worker] for m, by_worker in sheets.sheets.items()})
+        for worker in range(state.workers):
+            arrays = {f"weights/{name}": array for name, array in state.last.items()}
+            arrays.update({f"margins/{m}": taken.sheets[worker] for m, taken in sheets.items()})
             values = {
-                "from-epoch": epoch,
+                "from-epoch": state.epoch,
                 "epochs": epochs,
                 "worker": worker,
-                "workers": len(self.plan.students),
-                "hashes": json.dumps({m: hashes[worker] for m, hashes in sheets.hashes.items()}),
-                "validate": len(self.plan.students) == 1,
+                "workers": state.workers,
+                "hashes": json.dumps({m: taken.hashes[worker] for m, taken in sheets.items()}),
+                "validate": state.workers == 1,
             }
-            asks.append(Ask(node, "distil", f"student/{worker}", arrays, values))
+            check = partial(
+                check_worker,
+                config=self.config,
+                epoch=state.epoch + epochs,
+                steps=epochs * self._share(worker),
+                required=required,
+                taught=weighed,
+                like=state.last or None,
+            )
+            asks.append(Ask(state.number + 1, "distil", f"student/{worker}", arrays, values, check))
         return asks
 
-    def _take_students(
-        self, replies: Mapping[tuple[str, str], Reply], epoch: int, epochs: int, like: Mapping[str, np.ndarray] | None
-    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Check the workers' replies and merge them: weights averaged by samples, effects and weights of the modalities merged."""
-        kinds = ("specific", "generic", *(("effect", "weight") if self.plan.card.counterfactual else ()))
-        required = ["loss/total", *(f"{kind}/{m}" for kind in kinds for m in self.plan.teachers)]
-        if len(self.plan.students) == 1:
-            required += [f"val/{METRIC}", *(f"only/{m}/{METRIC}" for m in self.plan.modalities if self.plan.card.counterfactual)]
-        parameters: list[dict[str, np.ndarray]] = []
-        reports: list[dict[str, float]] = []
-        samples: list[int] = []
-        for worker in range(len(self.plan.students)):
-            reply = replies["distil", f"student/{worker}"]
-            if reply.integer("epoch") != epoch:
-                raise ReplyError(f"{reply.stamp}: it stopped at epoch {reply.integer('epoch')}, {epoch} was asked for")
-            expected = epochs * len(range(worker, self.steps, len(self.plan.students))) * self.config.training.batch_size
-            if reply.integer("samples", 1) != expected:
-                raise ReplyError(f"{reply.stamp}: it says that it trained on {reply.integer('samples')} samples, its share is {expected}")
-            parameters.append(reply.weights(like or (parameters[0] if parameters else None)))
-            reports.append(reply.numbers(required))
-            samples.append(expected)
-        merged = {name: weighted_mean([report[name] for report in reports], samples) for name in reports[0]}
-        merged.update(self.reweighting.merge(self.number, reports, samples))
-        return average_weights(parameters, samples), merged
+    def _take_workers(self, done: Round, taught: Sequence[str]) -> dict[str, float]:
+        """Merge the workers' rounds: parameters averaged by samples, effects and weights of the modalities merged."""
+        reports: list[WorkerReport] = [done.value("distil", f"student/{worker}") for worker in range(self.state.workers)]
+        for worker, report in enumerate(reports):
+            if report.fresh:
+                self.record.write(f"NOTE: student/{worker} had no workspace for this round; its optimiser started anew from the server's parameters")
+            if {name: array.shape for name, array in report.weights.items()} != {name: array.shape for name, array in reports[0].weights.items()}:
+                raise ReplyError(f"student/{worker} and student/0 sent parameters of different shapes; their features differ")
+        samples = [report.samples for report in reports]
+        names = [name for name in reports[0].metrics if all(name in report.metrics for report in reports)]
+        merged = {name: weighted_mean([report.metrics[name] for report in reports], samples) for name in names}
+        self.reweighting.modalities = tuple(self._weighed(taught))
+        merged.update(self.reweighting.merge(self.state.number, [report.metrics for report in reports], samples))
+        self.state.last = average_weights([report.weights for report in reports], samples)
+        return merged
 
-    def _evaluate(self, weights: Mapping[str, np.ndarray], split: str) -> dict[str, float]:
+    def _evaluate(self, weights: Mapping[str, np.ndarray], split: str) -> tuple[Round, dict[str, float]]:
         """Rank with some weights, each worker a share of the users.
 
         Returns:
-            ``val/<metric>``, ``only/m/<metric>``, and with calibration on test ``calibrated/<metric>`` and ``readout/...``.
+            The round; and ``val/<metric>``, ``only/m/<metric>``, with calibration on test also ``calibrated/<metric>`` and ``readout/...``.
         """
-        workers = len(self.plan.students)
+        workers = self.state.workers
         arrays = {f"weights/{name}": array for name, array in weights.items()}
+        required = [*metric_keys(self.config.ks), *(f"only/{m}/{METRIC}" for m in self._weighed(self.plan.modalities))]
+        check = partial(check_evaluation, required=required, users=self.plan.card.n_users)
         asks = [
-            Ask(node, "evaluate", f"student/{worker}", arrays, {"split": split, "worker": worker, "workers": workers})
-            for worker, node in enumerate(self.plan.students)
+            Ask(self.state.number, "evaluate", f"student/{worker}", arrays, {"split": split, "worker": worker, "workers": workers}, check)
+            for worker in range(workers)
         ]
-        replies = self.exchange.ask(self.number, asks)
-        metrics, chosen = RankingMetrics(self.config.ks), {}
+        done = self._ask(asks)
+        metrics, readout = RankingMetrics(self.config.ks), {}
         for ask in asks:
-            reply = replies["evaluate", ask.role]
-            numbers = reply.numbers([f"sum/{METRIC}"])
-            metrics.merge({name.removeprefix("sum/"): value for name, value in numbers.items() if name.startswith("sum/")}, reply.integer("n-users"))
-            chosen.update({name: value for name, value in numbers.items() if name.startswith("readout/")})
-        means = metrics.compute()
-        for name, value in means.items():
-            if not 0 <= value <= 1 + 1e-9:
-                raise ReplyError(f"{split} {name} comes to {value!r}, a share between 0 and 1 is needed")
-        return {name if "/" in name else f"val/{name}": value for name, value in means.items()} | chosen
+            taken = done.value("evaluate", ask.role)
+            metrics.merge(taken.sums, taken.n_users)
+            readout.update(taken.readout)
+        return done, {name if "/" in name else f"val/{name}": value for name, value in metrics.compute().items()} | readout
 
     def _against_teachers(self, values: dict[str, float]) -> dict[str, float]:
-        for m in self.plan.teachers:
+        for m in self.teachers:
             teacher = self.result.outcomes[f"teacher/{m}"].validation
             values[f"teacher/{m}/{METRIC}"] = teacher
             if self.plan.card.counterfactual:
                 values[f"reached/{m}"] = ratio(values[f"only/{m}/{METRIC}"], teacher)
         return values
 
+    def _weighed(self, modalities: Iterable[str]) -> list[str]:
+        """Those modalities with effects, weights and views of their own: none where scores do not depend on features."""
+        return list(modalities) if self.plan.card.counterfactual else []
 
-def _split_readout(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics, and what was chosen on validation to read the model out."""
-    chosen = {name: value for name, value in numbers.items() if name.startswith("readout/")}
-    return {name: value for name, value in numbers.items() if name not in chosen}, chosen
+    # --- both --------------------------------------------------------------------------------------------------------------------
+
+    def _ask(self, asks: Sequence[Ask]) -> Round:
+        """Ask, and go on without the teachers that were given up."""
+        done = self.recovery.ask(asks)
+        for m, reason in done.lost.items():
+            self._drop(m, reason)
+        return done
+
+    def _drop(self, modality: str, reason: str) -> None:
+        """Go on without a teacher: the weights of the others are normalised to their number by the objective."""
+        self.teachers.remove(modality)
+        self.state.learners.pop(f"teacher/{modality}", None)
+        self.state.dropped[modality] = reason
+        number = self.state.number + 1
+        self.record.row("dropped", modality=modality, reason=reason, round=number)
+        if not self.teachers:
+            raise ReplyError(f"the last teacher is lost ({reason}); nothing is left to distil")
+        self.record.write(f"!! teacher {modality} is DROPPED in round {number}: {reason}")
+        self.record.write(f"!! going on with {', '.join(self.teachers)} (federation.on-lost-teacher=drop); weights are those of {len(self.teachers)}")
+
+    def _add(self, seconds: float, *rounds: Round) -> dict[str, float]:
+        """Add a round to the totals; its numbers for the record."""
+        totals = self.state.totals
+        messaging = max(0.0, seconds - sum(done.busy for done in rounds))
+        n_bytes = sum(done.sent_bytes + _n_bytes(done) for done in rounds)
+        margins: dict[str, int] = {}
+        for done in rounds:
+            for (action, role), answer in done.answers.items():
+                if action == "score":
+                    m = role.removeprefix("teacher/")
+                    margins[m] = margins.get(m, 0) + answer.n_bytes
+        totals.seconds += seconds
+        totals.messaging += messaging
+        totals.n_bytes += n_bytes
+        totals.margin_bytes += sum(margins.values())
+        totals.retries += sum(done.retries for done in rounds)
+        values = {"seconds/messaging": messaging, "bytes": float(n_bytes), "bytes/margins": float(sum(margins.values()))}
+        values.update({f"bytes/margins/{m}": float(n) for m, n in margins.items()})
+        values.update({f"seconds/{action}/{role}": round(answer.busy, 3) for done in rounds for (action, role), answer in done.answers.items()})
+        return values
+
+
+def _n_bytes(done: Round) -> int:
+    return sum(answer.n_bytes for answer in done.answers.values())

@@ -136,13 +136,13 @@ class RunHistory:
             rounds = found.setdefault(role.replace("/", " ").replace("plain", "plain student"), {})
             rounds[number] = rounds.get(number, 0.0) + seconds
 
-        timed_rounds = {row["round"] for row in self.teacher_rounds if any(key.startswith("seconds/") for key in row)}
+        timed_rounds = {row["round"] for row in self.teacher_rounds if any(_by_role(key) for key in row)}
         for learner, rows in self.learners.items():
             for row in rows:
                 if row["round"] not in timed_rounds and row.get("seconds") is not None:
                     add(learner, row["round"], row["seconds"])
         for row in [*self.teacher_rounds, *self.distillation]:
-            timed = {key.split("/", 2)[2]: value for key, value in row.items() if key.startswith("seconds/") and value is not None}
+            timed = {key.split("/", 2)[2]: value for key, value in row.items() if _by_role(key) and value is not None}
             for role, seconds in timed.items():
                 add("student" if role == "student/0" and "seconds/distil/student/1" not in row else role, row["round"], seconds)
             if not timed and row.get("phase") == "distillation" and row.get("seconds") is not None:
@@ -182,3 +182,8 @@ def series(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float
     """Two columns of some rows, leaving out rows where either is missing or null."""
     pairs = [(row[x], row[y]) for row in rows if row.get(x) is not None and row.get(y) is not None]
     return [float(first) for first, _ in pairs], [float(second) for _, second in pairs]
+
+
+def _by_role(key: str) -> bool:
+    """Whether a number is the seconds of one node, ``seconds/<action>/<role>`` (others are of the whole round)."""
+    return key.startswith("seconds/") and key.count("/") >= 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_fed.data.features import load_features, load_mask
+from ckd_fed.data.features import features_fingerprint, load_features, load_mask
 from ckd_fed.data.interactions import Interactions, read_split_file
 from ckd_fed.data.manifest import verify
 from ckd_fed.errors import DataError, unknown
@@ -60,6 +60,11 @@ class Dataset:
             digest.update(split.indptr.astype("<i8").tobytes())
             digest.update(split.items.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def feature_fingerprints(self) -> dict[str, str]:
+        """Modality -> sha256 of its features, and where it has one of its mask: equal on two nodes exactly if they hold the same."""
+        found = {m: features_fingerprint(matrix) for m, matrix in self.features.items()}
+        return {m: f"{whole}+{hashlib.sha256(self.masks[m].tobytes()).hexdigest()}" if m in self.masks else whole for m, whole in found.items()}
 
     def describe(self) -> str:
         """One line: users, items, interactions, modalities with their dimensions."""

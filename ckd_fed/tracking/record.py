@@ -52,18 +52,28 @@ class Record:
         config: the resolved configuration.
         mirrors: made when the directory exists, with it as argument.
         write: prints one line.
+        resume_at: go on with the run that the directory holds, from this length of its ``metrics.jsonl`` on; see :func:`rewind`.
     """
 
     def __init__(
-        self, directory: Path, config: Config, mirrors: Sequence[Callable[[Path], Mirror]] = (), write: Callable[[str], None] = console.write
+        self,
+        directory: Path,
+        config: Config,
+        mirrors: Sequence[Callable[[Path], Mirror]] = (),
+        write: Callable[[str], None] = console.write,
+        *,
+        resume_at: int | None = None,
     ) -> None:
         self.directory = directory
         self.write = write
-        if (directory / "metrics.jsonl").exists():
+        if resume_at is None and (directory / "metrics.jsonl").exists():
             raise ConfigError(f"{directory} holds a run already; choose another name, or leave name empty for one made from the time")
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(directory / "config.yaml", config.to_yaml().encode())
+            if resume_at is None:
+                write_atomically(directory / "config.yaml", config.to_yaml().encode())
+            else:
+                rewind(directory / "metrics.jsonl", resume_at)
             self._file = (directory / "metrics.jsonl").open("ab")
         except OSError as error:
             raise DataError(f"the run's directory {directory} cannot be written: {error}") from None
@@ -78,6 +88,10 @@ class Record:
         os.fsync(self._file.fileno())
         for mirror in self._mirrors:
             mirror.log(clean)
+
+    def position(self) -> int:
+        """Bytes of ``metrics.jsonl`` so far, all of them on disk."""
+        return (self.directory / "metrics.jsonl").stat().st_size
 
     def start(self, description: str, **values: Any) -> None:
         """Say what runs where."""
@@ -146,6 +160,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if line.endswith(b"\n"):
             rows.append(json.loads(line))
     return rows
+
+
+def rewind(path: Path, length: int) -> None:
+    """Take back the rows after a length: those of a round that was not finished, which will be written again. Why a run failed is kept.
+
+    Raises:
+        DataError: the file is missing or shorter.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    if len(content) < length:
+        raise DataError(f"{path} has {len(content)} bytes, its run's checkpoint accounts for {length}; it was changed, the run cannot be resumed")
+    kept = [line for line in content[length:].splitlines(keepends=True) if line.endswith(b"\n") and json.loads(line)["event"] == "failed"]
+    write_atomically(path, content[:length] + b"".join(kept))
 
 
 def run_name(config: Config, suffix: str = "") -> str:

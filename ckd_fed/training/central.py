@@ -116,7 +116,7 @@ def _distil(config: Config, dataset: Dataset, record: Record, result: RunResult,
     dtype = DTYPES[config.distillation.margin_dtype]
 
     def sheets(steps: Sequence[StepTriples]) -> dict[str, np.ndarray]:
-        return {m: margin_sheet(embeddings, steps, dtype) for m, embeddings in teachers.items()}
+        return {m: margin_sheet(embeddings, steps, dtype, config.distillation.margin_bound) for m, embeddings in teachers.items()}
 
     def report(row: Values) -> None:
         nonlocal number

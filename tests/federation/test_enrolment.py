@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from flwr.app import Error, Message
 
 from ckd_fed.config import resolve
 from ckd_fed.errors import EnrolmentError
@@ -13,7 +14,7 @@ from server.enrolment import assign, different_features
 CARD = NodeCard(
     role="", modality="", partition=-1, partitions=0, code="0.1.0+aaaaaaaa", split="s" * 64, n_users=10, n_items=20, n_train=3000,
     modalities="image,text", features=json.dumps({"image": "i", "text": "t"}), dataset="toy",
-    standin=False, counterfactual=True, device="cpu", host="here",
+    standin=False, counterfactual=True, device="cpu", host="here", held="{}",
 )  # fmt: skip
 
 
@@ -60,7 +61,10 @@ def test_what_is_missing_is_named_and_may_still_come(cards, missing):
 @pytest.mark.parametrize(
     ("cards", "mentions"),
     [
-        ({5: teacher("text"), 6: student(), 7: teacher("text", host="there")}, ["'text' is taken twice", "node 5 on here", "node 7 on there"]),
+        (
+            {5: teacher("text"), 6: student(), 7: replace(teacher("text", host="there"), features=json.dumps({"text": "other"}))},
+            ["'text' has two teachers with different features", "node 5 on here", "node 7 on there"],
+        ),
         ({5: teacher("audio"), 6: student()}, ["teacher audio (node 5 on here)", "unknown modality 'audio'", "choices: image, text"]),
         ({5: teacher("text", split="x" * 64), 6: student()}, ["different splits", "xxxxxxxxxxxx", "ssssssssssss", "train.json"]),
         ({5: teacher("text", code="0.2.0+bbbbbbbb"), 6: student()}, ["different code", "0.2.0+bbbbbbbb", "0.1.0+aaaaaaaa"]),
@@ -74,6 +78,36 @@ def test_what_waiting_cannot_mend_fails_at_once(cards, mentions):
     assert "\n" not in message
     for mention in mentions:
         assert mention in message
+
+
+def test_a_second_teacher_of_a_modality_is_its_hot_spare():
+    plan, _ = assign(config(), {5: teacher("text"), 6: student(), 7: teacher("image"), 8: teacher("text", host="there")})
+    assert dict(plan.teachers) == {"image": 7, "text": 5}
+    assert plan.spare == (8,)
+    assert "spare teacher text node 8 on there" in " ".join(plan.describe()[-1].split())
+
+
+def test_in_a_resumed_run_everybody_is_what_he_was():
+    cards = {
+        1: student(held=json.dumps({"student/1": 20, "plain": 5})), 2: student(), 3: student(held=json.dumps({"student/0": 20})),
+        5: teacher("text"), 6: teacher("text", held=json.dumps({"teacher/text": 50})), 7: teacher("image"),
+    }  # fmt: skip
+    plan, _ = assign(config(**{"federation.student-workers": 2}), cards)
+    assert plan.students == (3, 1)
+    assert plan.spare == (2, 5)
+    assert plan.teachers["text"] == 6
+
+
+def test_as_many_student_nodes_as_configured_are_waited_for():
+    cards = {5: teacher("text"), 6: student(), 7: teacher("image")}
+    plan, missing = assign(config(**{"federation.student-workers": 2}), cards)
+    assert plan is None
+    assert "1 of 2 student nodes (federation.student-workers) are missing" in missing
+
+
+def test_a_dropped_teacher_is_not_waited_for():
+    plan, _ = assign(config(), {5: teacher("text"), 6: student()}, ["image"])
+    assert dict(plan.teachers) == {"text": 5}
 
 
 def test_a_teacher_with_other_features_than_the_student_is_pointed_out():
@@ -144,6 +178,26 @@ def test_a_node_that_cannot_take_part_says_why(node, mentions, tmp_path, write_d
     refuses(EnrolmentError, lambda: federate({"dataset": "toy"}, nodes=[node]), *mentions)
 
 
+def test_a_node_that_is_lost_at_enrolment_may_come_back(tmp_path, write_dataset, federate):
+    """As after the kill of a node whose id is still listed: Flower reports it gone, a minute later it is there again."""
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy")
+    nodes = [{"role": "student"}, {"role": "teacher", "modality": "text"}, {"role": "teacher", "modality": "image"}]
+    lost = []
+
+    def tamper(message, reply):
+        if message.metadata.message_type == "query.enrol" and message.metadata.dst_node_id == 1002 and len(lost) < 2:
+            lost.append(message)
+            return Message(Error(5, "the node is unavailable"), reply_to=message)
+        return reply
+
+    lines = []
+    overrides = {"dataset": "toy", "training.epochs": 1, "training.batch-size": 16, "distillation.batch-size": 20, "federation.enrol-timeout": 10}
+    result, _, _ = federate(overrides, nodes=nodes, tamper=tamper, write=lines.append)
+    assert result.outcomes["student"].test
+    assert len([line for line in lines if "node 1002 was lost at enrolment" in line]) == 2
+
+
 def test_two_nodes_with_different_splits(tmp_path, write_dataset, federate, refuses):
     one, other = write_dataset("one"), write_dataset("other", seed=1)
     nodes = [{"role": "student", "data-dir": str(one)}, {"role": "teacher", "modality": "text", "data-dir": str(other)}]
@@ -167,4 +221,4 @@ def test_a_teacher_node_needs_no_other_modality_on_its_disk(tmp_path, write_data
     assert set(result.outcomes) == {"teacher/image", "teacher/text", "student"}
     assert dict(federation.plan.teachers) == {"image": 1001, "text": 1003}
     for home, role in {"a": "teacher-image", "b": "student-0", "c": "teacher-text"}.items():
-        assert (tmp_path / home / "workspace" / "fed" / role / "state.safetensors").is_file()
+        assert (tmp_path / home / "workspace" / "fed-000001" / role / "state.safetensors").is_file()

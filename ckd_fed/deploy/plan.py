@@ -1,0 +1,169 @@
+"""A cluster as planned: its machines, and the exact command of each."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shlex
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckd_fed.errors import ConfigError, DataError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+FIRST_NODE_PORT = 9094  # each SuperNode of a machine serves its ClientApps on a port of its own
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """One node: what it is, where its data are, on which device it trains, and the local port of its SuperNode."""
+
+    name: str
+    role: str
+    modality: str
+    data_dir: str
+    device: str
+    port: int
+    home: str = ""
+
+    def node_config(self) -> str:
+        """As ``flower-supernode --node-config`` takes it."""
+        pairs = {"role": self.role, "modality": self.modality, "data-dir": self.data_dir, "device": self.device, "home": self.home}
+        return " ".join(f'{key}="{value}"' for key, value in pairs.items() if value)
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """A whole cluster.
+
+    Attributes:
+        name: of the connection, as in ``flwr run simulations/baby <name>``.
+        hosts: host names and IP addresses of the SuperLink; the first is what nodes are told.
+        port: of the SuperLink.
+        nodes: teachers and students.
+        secure: TLS and node authentication.
+        bind: address that the SuperLink listens on.
+    """
+
+    name: str
+    hosts: tuple[str, ...]
+    port: int
+    nodes: tuple[NodePlan, ...]
+    secure: bool = True
+    bind: str = "0.0.0.0"
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"--name is {self.name!r}; letters, digits, hyphens and underscores are needed")
+        if not self.hosts:
+            raise ConfigError("--host is missing; name the machine of the SuperLink as the other machines reach it")
+        for host in self.hosts:
+            if not _HOST.fullmatch(host) and not _is_address(host):
+                raise ConfigError(f"--host is {host!r}; a host name or an IP address is needed, without scheme and port")
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"--port is {self.port}; a number from 1 to 65535 is needed")
+
+    @property
+    def address(self) -> str:
+        """Where nodes and users reach the SuperLink."""
+        host = f"[{self.hosts[0]}]" if ":" in self.hosts[0] else self.hosts[0]
+        return f"{host}:{self.port}"
+
+    @property
+    def certified_hosts(self) -> tuple[str, ...]:
+        """For the server certificate: the SuperLink's own processes reach it by the address it listens on, or by loopback."""
+        own = ("127.0.0.1",) if self.bind in ("0.0.0.0", "::") else (self.bind,)
+        return tuple(dict.fromkeys([*self.hosts, *own, "localhost"]))
+
+    def superlink_command(self) -> list[str]:
+        """To be run in the folder ``superlink``. The database lets registered keys outlive a restart."""
+        tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key", "--enable-supernode-auth"]
+        where = ["--host", self.bind, "--port", str(self.port), "--database", "superlink.db"]
+        return ["flower-superlink", *(tls if self.secure else ["--insecure"]), *where]
+
+    def supernode_command(self, node: NodePlan) -> list[str]:
+        """To be run in the node's folder."""
+        tls = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", "key"] if self.secure else ["--insecure"]
+        return ["flower-supernode", *tls, "--superlink", self.address, "--port", str(node.port), "--node-config", node.node_config()]
+
+    def register_command(self, node: NodePlan) -> list[str]:
+        """To be run in the folder ``operator``, before the node starts for the first time."""
+        return ["flwr", "supernode", "register", f"keys/{node.name}.pub", self.name, "--name", node.name]
+
+    def connection(self, ca: Path) -> str:
+        """The entry of ``~/.flwr/config.toml``."""
+        security = f'root-certificates = "{ca}"' if self.secure else "insecure = true"
+        return f'[superlink.{self.name}]\naddress = "{self.address}"\n{security}\n'
+
+
+def plan_nodes(teachers: str, students: int, data_dir: str, devices: Mapping[str, str], homes: str = "") -> tuple[NodePlan, ...]:
+    """Nodes for modalities (one named twice gets a hot spare) and a number of students.
+
+    Args:
+        teachers: modalities, comma-separated.
+        students: how many student nodes.
+        data_dir: of every node; ``{name}`` in it stands for the node's name.
+        devices: node name -> device; ``auto`` where nothing is said.
+        homes: as data_dir, the nodes' ``home``; empty for each machine's default.
+    """
+    if students < 1:
+        raise ConfigError(f"--students is {students}; at least one student node is needed")
+    roles: list[tuple[str, str, str]] = []
+    for modality in [word.strip() for word in teachers.split(",") if word.strip()]:
+        if not _NAME.fullmatch(modality):
+            raise ConfigError(f"--teachers names {modality!r}; a modality is letters, digits, hyphens and underscores")
+        count = sum(known == modality for _, _, known in roles)
+        roles.append((f"teacher-{modality}" + (f"-spare{count}" if count else ""), "teacher", modality))
+    if not roles:
+        raise ConfigError("--teachers is empty; name the modalities, for example --teachers image,text")
+    roles += [(f"student-{number}", "student", "") for number in range(students)]
+    unknown_names = set(devices) - {name for name, _, _ in roles}
+    if unknown_names:
+        raise ConfigError(f"--device names {sorted(unknown_names)[0]!r}; the nodes are {', '.join(name for name, _, _ in roles)}")
+    for option, value in {"--data-dir": data_dir, "--home": homes}.items():
+        if value and (not value.startswith("/") or any(mark in value for mark in "\"'\n")):
+            raise ConfigError(f"{option} is {value!r}; an absolute path without quotes is needed, as it is on the nodes' machines")
+    return tuple(
+        NodePlan(
+            name, role, modality, data_dir.replace("{name}", name), devices.get(name, "auto"), FIRST_NODE_PORT + index, homes.replace("{name}", name)
+        )
+        for index, (name, role, modality) in enumerate(roles)
+    )
+
+
+def node_toml(plan: ClusterPlan, node: NodePlan) -> str:
+    """The node file: what ``ckd-fed doctor`` looks after."""
+    lines = [f"# Node {node.name} of the cluster {plan.name}. supernode.sh holds the same values; change both.", f'name = "{node.name}"']
+    lines += [f'role = "{node.role}"'] + ([f'modality = "{node.modality}"'] if node.modality else [])
+    lines += [f'data-dir = "{node.data_dir}"', f'device = "{node.device}"'] + ([f'home = "{node.home}"'] if node.home else [])
+    lines += [f'superlink = "{plan.address}"', f"secure = {str(plan.secure).lower()}"]
+    return "\n".join(lines) + "\n"
+
+
+def read_node_toml(path: Path) -> dict[str, object]:
+    """Read a node file (or the one in a node's folder).
+
+    Raises:
+        DataError: it is missing or unreadable.
+    """
+    path = path / "node.toml" if path.is_dir() else path
+    try:
+        return {**tomllib.loads(path.read_text()), "folder": str(path.parent.resolve())}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"node file {path} cannot be read: {error}") from None
+
+
+def shown(command: list[str]) -> str:
+    """A command as it is typed."""
+    return shlex.join(command)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

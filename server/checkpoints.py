@@ -1,0 +1,149 @@
+"""A run's state on the server, and its checkpoint: one file that is replaced atomically at the end of every round."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckd_fed.checkpoint import load_checkpoint, save_checkpoint
+from ckd_fed.errors import ConfigError, DataError
+from ckd_fed.tracking.result import Outcome
+from ckd_fed.training.early_stopping import EarlyStopping
+from server.reweighting import RoundState
+
+FILE = "state.safetensors"
+_VERSION = 1
+TEACHERS, DISTILLATION, FINISHED = "teachers", "distillation", "finished"
+
+
+@dataclass
+class Learner:
+    """The server's view of a teacher or of the plain student."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best: float = 0.0
+    done: bool = False
+    width: int = 0  # of its embedding tables, known from its test
+
+
+@dataclass
+class Totals:
+    """Sums over a run: wall time of its rounds, the part of it that no node worked, bytes, and requests sent again."""
+
+    seconds: float = 0.0
+    messaging: float = 0.0
+    n_bytes: int = 0
+    margin_bytes: int = 0
+    retries: int = 0
+
+
+@dataclass
+class RunState:
+    """Everything that the server knows of a run and cannot ask for again.
+
+    Attributes:
+        run: the run as the nodes know it.
+        code: version of the code that wrote it.
+        split: fingerprint of the split.
+        modalities, workers: of the student.
+        stopping: early stopping of the student.
+        phase: ``teachers``, ``distillation`` or ``finished``.
+        number: of the last finished round, over both phases.
+        epoch: of the student.
+        learners: ``teacher/<m>`` and ``plain``.
+        outcomes: results so far.
+        dropped: modality -> why its teacher was given up.
+        reweighting: round -> effects and weights.
+        totals: sums over the rounds.
+        elapsed: seconds of earlier processes of this run.
+        recorded: bytes of ``metrics.jsonl`` that this state accounts for.
+        last, best: the student's parameters; empty before its first round.
+    """
+
+    run: str
+    code: str
+    split: str
+    modalities: tuple[str, ...]
+    workers: int
+    stopping: EarlyStopping
+    phase: str = TEACHERS
+    number: int = 0
+    epoch: int = 0
+    learners: dict[str, Learner] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    reweighting: dict[int, RoundState] = field(default_factory=dict)
+    totals: Totals = field(default_factory=Totals)
+    elapsed: float = 0.0
+    recorded: int = 0
+    last: dict[str, np.ndarray] = field(default_factory=dict)
+    best: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def save_state(directory: Path, state: RunState) -> None:
+    """Write a run's state into its directory, ``checkpoints/state.safetensors``; the old one stays whole until the new one is."""
+    arrays = {f"{kind}/{name}": array for kind in ("last", "best") for name, array in getattr(state, kind).items()}
+    save_checkpoint(directory / "checkpoints" / FILE, arrays, {"version": _VERSION, **asdict_without_arrays(state)})
+
+
+def asdict_without_arrays(state: RunState) -> dict[str, Any]:
+    """A state's JSON-able part."""
+    shallow = {name: value for name, value in vars(state).items() if name not in ("last", "best")}
+    shallow["stopping"] = {**asdict(state.stopping), "best": state.stopping.best if math.isfinite(state.stopping.best) else None}
+    for name in ("learners", "outcomes", "reweighting"):
+        shallow[name] = {str(key): asdict(value) for key, value in shallow[name].items()}
+    return {**shallow, "modalities": list(state.modalities), "totals": asdict(state.totals)}
+
+
+def load_state(directory: Path) -> RunState:
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        DataError: it is missing or damaged, or of another version of this framework.
+    """
+    path = directory / "checkpoints" / FILE
+    arrays, plain = load_checkpoint(path)
+    if plain.pop("version", None) != _VERSION:
+        raise DataError(f"{path} was written by another version of ckd_fed; finish the run with the version that began it")
+    try:
+        best = plain["stopping"]["best"]
+        plain["stopping"] = EarlyStopping(**{**plain["stopping"], "best": -math.inf if best is None else best})
+        plain["learners"] = {role: Learner(**entry) for role, entry in plain["learners"].items()}
+        plain["outcomes"] = {name: Outcome(**entry) for name, entry in plain["outcomes"].items()}
+        plain["reweighting"] = {int(number): RoundState(**entry) for number, entry in plain["reweighting"].items()}
+        plain["totals"] = Totals(**plain["totals"])
+        plain["modalities"] = tuple(plain["modalities"])
+        kinds: dict[str, Any] = {
+            kind: {name.removeprefix(f"{kind}/"): a for name, a in arrays.items() if name.startswith(f"{kind}/")} for kind in ("last", "best")
+        }
+        return RunState(**plain, **kinds)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Hold a run's directory for this process; the operating system lets go of it however the process ends.
+
+    Raises:
+        ConfigError: another process is writing this run.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is writing {directory}; wait for it, or end it, before this run is started or resumed") from None
+        yield
+    finally:
+        os.close(handle)

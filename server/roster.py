@@ -1,0 +1,94 @@
+"""Which node plays which role, as nodes die, come back under other ids, and are replaced by spares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ckd_fed.wire import NodeCard
+from server.enrolment import Plan, ask_cards, full_name, held
+from server.exchange import Exchange
+
+_ENROL_SECONDS = 90.0  # a newcomer's time to introduce itself; in a deployment a message takes 6 to 16 s
+_ENROL_TRIES = 3
+
+
+class Roster:
+    """The node of every role.
+
+    A role is found by what it is (teacher of a modality, student), never by node id: a node that died and came back under another id
+    is the same teacher. Where nobody else is left, a hot spare takes over.
+
+    Args:
+        exchange: with the nodes.
+        plan: from enrolment.
+        write: prints one line.
+    """
+
+    def __init__(self, exchange: Exchange, plan: Plan, write: Callable[[str], None]) -> None:
+        self._exchange = exchange
+        self._write = write
+        self.cards: dict[int, NodeCard] = dict(plan.cards)
+        self.nodes: dict[str, int] = {f"teacher/{m}": node for m, node in plan.teachers.items()}
+        self.nodes |= {f"student/{worker}": node for worker, node in enumerate(plan.students)}
+        self.nodes["plain"] = plan.students[0]
+        self._own = plan.card
+        self._tries: dict[int, int] = {}
+
+    def locate(self, role: str, *, avoid: bool = False) -> int | None:
+        """The connected node that plays a role now; None if there is none at the moment.
+
+        Args:
+            role: ``teacher/<m>``, ``student/<w>`` or ``plain``.
+            avoid: the present node failed repeatedly, so another one is taken if there is one.
+        """
+        connected = set(self._exchange.grid.get_node_ids())
+        present = self.nodes[role]
+        if present in connected and not avoid:
+            return present
+        self._enrol(connected - set(self.cards))
+        others = [node for node in connected if node != present and self._can_play(node, role)]
+        if others:
+            chosen = max(others, key=lambda node: (held(self.cards[node]).get(role, -1), -node))
+            self._write(f"{role}: {full_name(chosen, self.cards[chosen])} takes over from {full_name(present, self.cards[present])}")
+            for name in ("student/0", "plain") if role in ("student/0", "plain") else (role,):
+                if self.nodes[name] == present:
+                    self.nodes[name] = chosen
+            return chosen
+        return present if present in connected else None
+
+    def _can_play(self, node: int, role: str) -> bool:
+        card = self.cards.get(node)
+        if card is None or card.role != ("teacher" if role.startswith("teacher/") else "student") or node in self._used(role):
+            return False
+        return card.role == "student" or card.modality == role.removeprefix("teacher/")
+
+    def _used(self, role: str) -> set[int]:
+        """Nodes that play something else (the plain student and worker 0 are one node's)."""
+        together = ("student/0", "plain") if role in ("student/0", "plain") else (role,)
+        return {node for name, node in self.nodes.items() if name not in together}
+
+    def _enrol(self, newcomers: set[int]) -> None:
+        """Ask newcomers who they are; one that cannot take part is said and left alone."""
+        asked = [node for node in sorted(newcomers) if self._tries.get(node, 0) < _ENROL_TRIES]
+        if not asked:
+            return
+        cards, failed = ask_cards(self._exchange, asked, _ENROL_SECONDS)
+        for node, error in failed.items():
+            self._tries[node] = self._tries.get(node, 0) + 1
+            self._write(f"node {node} has come and cannot take part: {error}")
+        for node, card in cards.items():
+            wrong = self._disagreement(card)
+            self.cards[node] = replace(card, role="unfit") if wrong else card
+            self._write(f"{full_name(node, card)} has come{f' and cannot take part: {wrong}' if wrong else ''}")
+
+    def _disagreement(self, card: NodeCard) -> str:
+        """Why a newcomer does not belong to this run; empty if it does."""
+        if card.code != self._own.code:
+            return f"it runs other code, {card.code} instead of {self._own.code}"
+        if card.split != self._own.split:
+            return f"it holds another split, {card.split[:12]} instead of {self._own.split[:12]}"
+        known = [other for other in self.cards.values() if other.role == "teacher" == card.role and other.modality == card.modality]
+        if known and known[0].features != card.features:
+            return f"its {card.modality} features differ from those of the run's teacher"
+        return ""

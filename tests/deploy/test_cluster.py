@@ -1,0 +1,159 @@
+"""What `ckd-fed cluster` writes is what its machines need: certificates that verify, keys that Flower takes, scripts that a shell takes."""
+
+import shlex
+import ssl
+import stat
+import subprocess
+import tomllib
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from ckd_fed.cli import build_parser, main
+from ckd_fed.deploy.certificates import days_left, read_certificate
+from ckd_fed.deploy.cluster import read_plan
+from ckd_fed.errors import DataError
+
+
+@pytest.fixture
+def cluster(tmp_path, capsys):
+    """Run `ckd-fed cluster init`; returns (folder, what was printed)."""
+
+    def init(*options, name="lab"):
+        folder = tmp_path / name
+        main(["cluster", "init", str(folder), "--host", "gpu1.example", "--host", "10.0.0.7", "--teachers", "image,text", *options])
+        return folder, capsys.readouterr().out
+
+    return init
+
+
+def test_the_server_certificate_holds_for_every_host_and_is_signed_by_the_authority(cluster):
+    folder, _ = cluster("--students", "2", "--days", "90")
+    certificate, authority = read_certificate(folder / "superlink/server.crt"), read_certificate(folder / "ca.crt")
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["gpu1.example", "localhost"]
+    # Flower's own processes beside the SuperLink reach it by loopback, with TLS
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
+    assert 89 < days_left(certificate) <= 90
+    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "superlink/server.crt", folder / "superlink/server.key")  # they belong together
+
+
+def test_every_node_has_a_key_of_its_own_and_nobody_else_can_read_it(cluster):
+    folder, _ = cluster("--students", "2")
+    public = set()
+    for node in ("teacher-image", "teacher-text", "student-0", "student-1"):
+        path = folder / "nodes" / node / "key"
+        key = load_ssh_private_key(path.read_bytes(), password=None)
+        assert isinstance(key.curve, ec.SECP384R1)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        registered = load_ssh_public_key((folder / "operator/keys" / f"{node}.pub").read_bytes())
+        assert registered == key.public_key()
+        public.add((folder / "operator/keys" / f"{node}.pub").read_text())
+        assert (folder / "nodes" / node / "ca.crt").read_bytes() == (folder / "ca.crt").read_bytes()
+    assert len(public) == 4
+    assert stat.S_IMODE((folder / "ca.key").stat().st_mode) == 0o600
+    assert not list((folder / "nodes").rglob("ca.key")) + list((folder / "operator").rglob("*.key"))
+
+
+def test_scripts_and_what_is_printed_are_the_same_commands(cluster):
+    folder, printed = cluster("--data-dir", "/data/{name}", "--device", "student-0=cuda:1", "--port", "9000")
+    for script in folder.rglob("*.sh"):
+        subprocess.run(["bash", "-n", str(script)], check=True)
+    plan = read_plan(folder)
+    for node in plan.nodes:
+        command = (folder / "nodes" / node.name / "supernode.sh").read_text().splitlines()[-1].removeprefix("exec ")
+        assert command in printed
+        words = shlex.split(command)
+        assert words[: words.index("--superlink")] == ["flower-supernode", "--root-certificates", "ca.crt", "--auth-supernode-private-key", "key"]
+        assert words[words.index("--superlink") + 1] == "gpu1.example:9000"
+        told = dict(pair.split("=", 1) for pair in words[words.index("--node-config") + 1].split(" "))
+        assert told["data-dir"] == f'"/data/{node.name}"'
+        assert told["device"] == ('"cuda:1"' if node.name == "student-0" else '"auto"')
+        said = tomllib.loads((folder / "nodes" / node.name / "node.toml").read_text())
+        assert {key: said[key] for key in ("role", "data-dir", "device", "superlink")} == {
+            "role": node.role, "data-dir": f"/data/{node.name}", "device": node.device, "superlink": "gpu1.example:9000",
+        }  # fmt: skip
+        assert (
+            f"ExecStart=/usr/bin/env bash /opt/ckd_fed/{node.name}/supernode.sh" in next((folder / "nodes" / node.name).glob("*.service")).read_text()
+        )
+    superlink = (folder / "superlink/superlink.sh").read_text().splitlines()[-1].removeprefix("exec ")
+    assert superlink in printed
+    assert "--enable-supernode-auth" in superlink
+    assert "--insecure" not in printed
+    connection = tomllib.loads((folder / "operator/connection.toml").read_text())["superlink"]["lab"]
+    assert connection == {"address": "gpu1.example:9000", "root-certificates": str(folder / "operator/ca.crt")}
+    assert len({node.port for node in plan.nodes}) == len(plan.nodes)
+
+
+def test_insecure_is_said_and_makes_no_keys(cluster):
+    folder, printed = cluster("--insecure")
+    assert "!! INSECURE" in printed
+    assert not list(folder.rglob("*.key")) + list(folder.rglob("*.crt")) + list(folder.rglob("key"))
+    assert "--insecure" in (folder / "superlink/superlink.sh").read_text()
+    assert "insecure = true" in (folder / "operator/connection.toml").read_text()
+    assert not (folder / "operator/register.sh").exists()
+
+
+def test_a_modality_named_twice_gets_a_hot_spare(cluster, tmp_path):
+    main(["cluster", "init", str(tmp_path / "other"), "--host", "h", "--teachers", "image,text,text"])
+    assert [node.name for node in read_plan(tmp_path / "other").nodes] == ["teacher-image", "teacher-text", "teacher-text-spare1", "student-0"]
+
+
+def test_moving_changes_the_host_and_keeps_authority_and_keys(cluster, capsys):
+    folder, _ = cluster()
+    before = {path: path.read_bytes() for path in [folder / "ca.key", folder / "ca.crt", *folder.glob("nodes/*/key")]}
+    main(["cluster", "move", str(folder), "--host", "gpu2.example"])
+    assert "gpu2.example:8000" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    certificate = read_certificate(folder / "superlink/server.crt")
+    certificate.verify_directly_issued_by(read_certificate(folder / "ca.crt"))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["gpu2.example", "localhost"]
+    assert all("gpu2.example:8000" in path.read_text() for path in folder.glob("nodes/*/supernode.sh"))
+
+
+@pytest.mark.parametrize(
+    ("options", "mentions"),
+    [
+        (["--host", "https://x", "--teachers", "image"], ["--host is 'https://x'", "without scheme"]),
+        (["--host", "h", "--teachers", " , "], ["--teachers is empty"]),
+        (["--host", "h", "--teachers", "im age"], ["'im age'"]),
+        (["--host", "h", "--teachers", "image", "--students", "0"], ["--students is 0"]),
+        (["--host", "h", "--teachers", "image", "--port", "0"], ["--port is 0"]),
+        (["--host", "h", "--teachers", "image", "--days", "0"], ["--days is 0"]),
+        (["--host", "h", "--teachers", "image", "--data-dir", "data"], ["--data-dir is 'data'", "absolute"]),
+        (["--host", "h", "--teachers", "image", "--device", "cuda"], ["--device is 'cuda'", "NODE=DEVICE"]),
+        (["--host", "h", "--teachers", "image", "--device", "x=cpu"], ["'x'", "teacher-image, student-0"]),
+        (["--host", "h", "--teachers", "image", "--name", "a b"], ["--name is 'a b'"]),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(options, mentions, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["cluster", "init", str(tmp_path / "x"), *options])
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    assert all(mention in said for mention in mentions), said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_cluster_is_not_written_over(cluster, refuses):
+    folder, _ = cluster()
+    key = (folder / "ca.key").read_bytes()
+    with pytest.raises(SystemExit):
+        cluster()
+    assert (folder / "ca.key").read_bytes() == key
+    (folder / "cluster.json").write_text("{}")
+    refuses(DataError, lambda: read_plan(folder), "holds no cluster")
+
+
+def test_help_of_every_command(capsys):
+    for command in (["cluster", "init"], ["cluster", "move"], ["doctor"]):
+        with pytest.raises(SystemExit) as ended:
+            build_parser().parse_args([*command, "--help"])
+        assert ended.value.code == 0
+    assert "--insecure" in capsys.readouterr().out

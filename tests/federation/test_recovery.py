@@ -1,0 +1,282 @@
+"""Nodes that fail, vanish, come back or are replaced: no round is lost, and what cannot be mended is handled as configured."""
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message
+
+from ckd_fed.checkpoint import load_checkpoint, load_state
+from ckd_fed.errors import ReplyError
+from ckd_fed.tracking.record import read_rows
+from clients import node as client_node
+
+SMALL = {
+    "dataset": "toy",
+    "model.embedding-dim": 4,
+    "training.batch-size": 32,
+    "training.epochs": 9,
+    "training.validate-every": 3,
+    "training.learning-rate": 0.01,
+    "training.threads": 1,
+    "distillation.batch-size": 40,
+    "distillation.rho": 1.0,
+    "federation.teacher-epochs": 6,
+    "federation.reply-timeout": 5,
+    "federation.node-timeout": 0.3,
+}
+
+
+@pytest.fixture
+def homes(tmp_path, write_dataset):
+    """Node-configs of real nodes, each with a home and data of its own that hold what its role may have."""
+
+    def build(*roles, n_modalities=2):
+        folders = {}
+        for index, role in enumerate(roles):
+            name = f"{role}-{index}"
+            folders[name] = write_dataset(name, n_users=60, n_items=40, n_modalities=n_modalities)
+            for path in folders[name].glob("*_feat.npy"):
+                if role not in ("student", path.name.removesuffix("_feat.npy")):
+                    path.unlink()
+        return [
+            {
+                **({"role": "student"} if name.startswith("student") else {"role": "teacher", "modality": name.partition("-")[0]}),
+                "data-dir": str(folder),
+                "home": str(tmp_path / "home" / name),
+            }
+            for name, folder in folders.items()
+        ]
+
+    return build
+
+
+def weights(home, run, name="last"):
+    return load_checkpoint(home / "runs" / run / "checkpoints" / f"{name}.safetensors")[0]
+
+
+def equal(home, run, reference):
+    ours, theirs = weights(home, run), weights(home, reference)
+    assert ours.keys() == theirs.keys()
+    return all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def kind(message):
+    return message.metadata.message_type.partition(".")[2]
+
+
+def times(n, change, when):
+    """Change the first n replies for which ``when`` holds."""
+    left = [n]
+
+    def tamper(message, reply):
+        if left[0] and when(message):
+            left[0] -= 1
+            return change(message, reply)
+        return reply
+
+    return tamper
+
+
+def garbage(message, reply):
+    for record in list(reply.content):
+        if record != "reply":
+            del reply.content[record]
+    return reply
+
+
+FAULTS = {
+    "raised": lambda message, reply: Message(Error(2, "RuntimeError: boom"), reply_to=message),
+    "gone": lambda message, reply: Message(Error(5, "the node is unavailable"), reply_to=message),
+    "garbage": garbage,
+    "lost": lambda message, reply: None,
+}
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_a_request_that_failed_is_sent_again(fault, tmp_path, homes, federate):
+    nodes = homes("image", "text", "student")
+    federate(SMALL, nodes=nodes, run="undisturbed")
+    overrides = {**SMALL, "federation.reply-timeout": 1} if fault == "lost" else SMALL
+    for action in ("fit", "test", "score", "distil", "evaluate"):
+        lines = []
+        federate(
+            overrides, nodes=nodes, run=f"{fault}-{action}", tamper=times(2, FAULTS[fault], lambda m, a=action: kind(m) == a), write=lines.append
+        )
+        assert equal(tmp_path, f"{fault}-{action}", "undisturbed"), action
+        assert len([line for line in lines if "trying again" in line]) == 2
+        state = load_state(tmp_path / "runs" / f"{fault}-{action}" / "checkpoints" / "state.safetensors")
+        assert state["totals"]["retries"] == (2 if action in ("fit", "score", "distil") else 0)  # tests are in no round
+
+
+def leave_at(grid_class, node_configs, when, change, absent_for=0):
+    """A grid where a node is gone once ``when(message)`` holds; ``change(configs)`` is what the nodes are after ``absent_for`` looks."""
+
+    class Grid(grid_class):
+        gone = None
+        looks = 0
+
+        def get_node_ids(self):
+            if self.gone:
+                self.looks += 1
+                if self.looks == absent_for + 1:
+                    change(self.node_configs)
+            return [node for node in self.node_configs if node != self.gone]
+
+        def pull_messages(self, message_ids):
+            replies, rest = [], []
+            for message_id in message_ids:
+                message = self._waiting.get(message_id)
+                if message and (message.metadata.dst_node_id == self.gone or (self.gone is None and when(message))):
+                    self.gone = message.metadata.dst_node_id
+                    del self._waiting[message_id]
+                    replies.append(Message(Error(5, "the node is unavailable"), reply_to=message))
+                else:
+                    rest.append(message_id)
+            return replies + super().pull_messages(rest)
+
+    return Grid(node_configs)
+
+
+@pytest.mark.parametrize("action", ["fit", "test", "score"])
+def test_a_teacher_comes_back_under_another_id(action, tmp_path, homes, federate):
+    nodes = homes("image", "text", "student")
+    federate(SMALL, nodes=nodes, run="undisturbed")
+    grid = leave_at(
+        type(federate.grid()),
+        nodes,
+        lambda m: kind(m) == action and m.content["request"]["role"] == "teacher/text",
+        lambda configs: configs.update({77: configs[1002]}),
+    )
+    lines = []
+    _, _, federation = federate(SMALL, nodes=grid, run="back", write=lines.append)
+    assert federation.roster.nodes["teacher/text"] == 77
+    assert [line for line in lines if "teacher/text: teacher text (node 77" in line and "takes over" in line]
+    assert equal(tmp_path, "back", "undisturbed")
+
+
+@pytest.mark.parametrize("action", ["fit", "test", "score"])
+def test_a_hot_spare_takes_over_with_the_same_margins(action, tmp_path, homes, federate):
+    """It has never trained; from the same data, seed and code it arrives at the same teacher."""
+    nodes = homes("image", "text", "student", "text")
+    federate(SMALL, nodes=nodes, run="undisturbed")
+    seen = []
+
+    def when(message):
+        seen.append(message)
+        return kind(message) == action and message.content["request"]["role"] == "teacher/text" and len(seen) > 8
+
+    client_node._FITS.clear()
+    grid = leave_at(type(federate.grid()), nodes, when, lambda configs: None)
+    _, _, federation = federate({**SMALL, "federation.teacher-epochs": 3}, nodes=grid, run="spare")
+    assert federation.roster.nodes["teacher/text"] == 1004
+    assert (tmp_path / "home/text-3/workspace/spare-000001/teacher-text/state.safetensors").is_file()
+    federate({**SMALL, "federation.teacher-epochs": 3}, nodes=nodes, run="reference")
+    assert equal(tmp_path, "spare", "reference")
+
+
+def test_a_node_that_keeps_failing_makes_room_for_its_spare(homes, federate):
+    nodes = homes("image", "text", "student", "text")
+
+    def full_disk(message, reply):
+        return FAULTS["raised"](message, reply) if message.metadata.dst_node_id == 1002 and kind(message) == "score" else reply
+
+    _, _, federation = federate(SMALL, nodes=nodes, tamper=full_disk)
+    assert federation.roster.nodes["teacher/text"] == 1004
+
+
+def test_a_newcomer_with_other_data_does_not_take_over(tmp_path, homes, write_dataset, federate):
+    nodes = homes("image", "text", "student")
+    other = write_dataset("other", n_users=60, n_items=40, seed=5)
+    grid = leave_at(
+        type(federate.grid()),
+        nodes,
+        lambda m: kind(m) == "score" and m.content["request"]["role"] == "teacher/text",
+        lambda configs: configs.update({77: {**nodes[1], "data-dir": str(other), "home": str(tmp_path / "home/other")}}),
+    )
+    lines = []
+    with pytest.raises(ReplyError) as caught:
+        federate(SMALL, nodes=grid, write=lines.append)
+    assert "did not come back within" in str(caught.value)
+    assert "resume=" in str(caught.value)
+    assert [line for line in lines if "cannot take part: it holds another split" in line]
+
+
+def gone_for_good(federate, nodes, role, action="score"):
+    return leave_at(type(federate.grid()), nodes, lambda m: kind(m) == action and m.content["request"]["role"] == role, lambda configs: None)
+
+
+@pytest.mark.parametrize("action", ["fit", "score"])
+def test_drop_goes_on_with_the_others(action, tmp_path, homes, federate):
+    nodes = homes("image", "text", "audio", "student", n_modalities=3)
+    lines = []
+    overrides = {**SMALL, "data.modalities": "image,text,audio", "federation.on-lost-teacher": "drop"}
+    result, _, federation = federate(overrides, nodes=gone_for_good(federate, nodes, "teacher/text", action), run="run", write=lines.append)
+    assert federation.teachers == ["image", "audio"]
+    assert [line for line in lines if line.startswith("!! teacher text is DROPPED")]
+    assert result.outcomes["student"].test
+    rows = read_rows(tmp_path / "runs/run/metrics.jsonl")
+    assert [row["modality"] for row in rows if row["event"] == "dropped"] == ["text"]
+    last = [row for row in rows if row["event"] == "round" and row["phase"] == "distillation"][-1]
+    assert "weight/text" not in last
+    assert last["weight/image"] + last["weight/audio"] == pytest.approx(2)
+    assert load_state(tmp_path / "runs/run/checkpoints/state.safetensors")["dropped"].keys() == {"text"}
+
+
+def test_the_last_teacher_is_not_dropped(homes, federate, refuses):
+    nodes = homes("image", "text", "student")
+    overrides = {**SMALL, "federation.on-lost-teacher": "drop"}
+    lost = ("teacher/image", "teacher/text")
+
+    def tamper(message, reply):
+        return FAULTS["gone"](message, reply) if kind(message) == "score" and message.content["request"]["role"] in lost else reply
+
+    refuses(ReplyError, lambda: federate(overrides, nodes=nodes, tamper=tamper), "the last teacher is lost")
+
+
+def test_wait_waits_beyond_the_limits(tmp_path, homes, federate):
+    nodes = homes("image", "text", "student")
+    federate(SMALL, nodes=nodes, run="undisturbed")
+    lines = []
+    overrides = {**SMALL, "federation.on-lost-teacher": "wait", "federation.retry-limit": 1}
+    flaky = times(5, FAULTS["raised"], lambda m: kind(m) == "score" and m.content["request"]["role"] == "teacher/text")
+    federate(overrides, nodes=nodes, run="waited", tamper=flaky, write=lines.append)
+    assert [line for line in lines if "waiting on for teacher/text" in line]
+    assert equal(tmp_path, "waited", "undisturbed")
+
+
+def test_a_lost_student_ends_the_run_with_how_to_go_on(homes, federate, refuses):
+    nodes = homes("image", "text", "student")
+    lost = gone_for_good(federate, nodes, "student/0", "distil")
+    refuses(ReplyError, lambda: federate({**SMALL, "federation.on-lost-teacher": "drop"}, nodes=lost), "did not come back", 'resume="fed"')
+
+
+def test_a_spare_student_takes_over(homes, federate):
+    nodes = homes("image", "text", "student", "student")
+    seen = []
+
+    def when(message):
+        seen.extend([message] if kind(message) == "distil" else [])
+        return kind(message) == "distil" and len(seen) > 1
+
+    lines = []
+    grid = leave_at(type(federate.grid()), nodes, when, lambda configs: None)
+    _, _, federation = federate(SMALL, nodes=grid, write=lines.append)
+    assert federation.roster.nodes["student/0"] == 1004
+    assert [line for line in lines if "optimiser started anew" in line]
+
+
+def test_a_late_reply_to_an_earlier_request_is_not_used(tmp_path, homes, federate):
+    """The first try's answer comes in place of the second's: its nonce gives it away, and the third try counts."""
+    nodes = homes("image", "text", "student")
+    federate(SMALL, nodes=nodes, run="undisturbed")
+    kept = []
+
+    def late(message, reply):
+        if kind(message) != "distil" or len(kept) > 1:
+            return reply
+        kept.append(reply)
+        return FAULTS["gone"](message, reply) if len(kept) == 1 else Message(kept[0].content, reply_to=message)
+
+    lines = []
+    federate(SMALL, nodes=nodes, run="late", tamper=late, write=lines.append)
+    assert [line for line in lines if "bound to something else (nonce" in line]
+    assert equal(tmp_path, "late", "undisturbed")
