@@ -36,7 +36,7 @@ check: setup
 	$(BIN)/mypy
 
 verify: setup
-	$(BIN)/ckd-fed verify tests/reference/vbpr.npz tests/reference/mmgcn.npz
+	$(BIN)/ckd-fed verify tests/reference/*.npz tests/reference/backbones/*.npz
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -34,7 +34,8 @@ def test_the_documented_example_trains(tmp_path, write_dataset):
     write_dataset("data/toy", n_users=40, n_items=30)
     overrides = {
         "backbone": "mine:EarlyFusion", "model.embedding_dim": 8, "model.layers": 1, "dataset": "toy", "home": str(tmp_path), "training.epochs": 10,
-        "training.batch-size": 32, "distillation.batch-size": 50, "evaluation.calibrate": True, "tracking.wandb": "off", "training.threads": 1,
+        "training.batch-size": 32, "distillation.batch-size": 50, "evaluation.calibrate": True, "tracking.wandb": "off",
+        "tracking.report": False, "training.threads": 1,
     }  # fmt: skip
     result = train(resolve(overrides))
     assert set(result.outcomes) == {"teacher/image", "teacher/text", "student"}

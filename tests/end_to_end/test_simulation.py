@@ -45,7 +45,7 @@ def test_from_nothing_to_a_distilled_student(backbone, tmp_path, write_dataset, 
     phases = [row["phase"] for row in rows if row["event"] == "round"]
     assert phases == ["teachers"] * 2 + ["distillation"] * 2
     assert rows[-1]["event"] == "final"
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.safetensors", "last.safetensors"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.safetensors", "last.safetensors", "state.safetensors"}
     assert list((run / "wandb").rglob("*.wandb"))
     report = (run / "report" / "report.html").read_text()
     assert report.count("<svg") == len(list((run / "report").glob("*.png"))) == 6

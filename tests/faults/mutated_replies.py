@@ -22,7 +22,7 @@ Random = np.random.Generator
 QUICK = {
     "dataset": "toy", "model.embedding-dim": 4, "training.epochs": 4, "training.validate-every": 2, "training.batch-size": 16,
     "training.threads": 1, "distillation.batch-size": 20, "federation.teacher-epochs": 2, "federation.student-workers": 2,
-    "federation.enrol-timeout": 5, "tracking.wandb": "off", "plain": True, "name": "mutations",
+    "federation.enrol-timeout": 5, "tracking.wandb": "off", "tracking.report": False, "plain": True, "name": "mutations",
 }  # fmt: skip
 
 

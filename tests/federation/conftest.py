@@ -23,7 +23,8 @@ def federate(tmp_path):
     """Run a federation to its end over a loopback grid and return (result, grid, federation)."""
 
     def run(overrides, nodes=None, tamper=None, run="fed", write=lambda line: None):
-        given = {"tracking.wandb": "off", "home": str(tmp_path), "federation.enrol-timeout": 1, "federation.retry-pause": 0.01, "name": run}
+        given = {"tracking.wandb": "off", "tracking.report": False, "home": str(tmp_path), "name": run}  # the report has tests of its own
+        given.update({"federation.enrol-timeout": 1, "federation.retry-pause": 0.01})
         overrides = {"name": ""} | overrides if "resume" in overrides else overrides
         grid = nodes if isinstance(nodes, LoopbackGrid) else LoopbackGrid(simulated(2) if nodes is None else nodes, tamper)
         session = run_federation(grid, {**given, **overrides}, 1, write)

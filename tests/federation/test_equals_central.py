@@ -23,6 +23,7 @@ SMALL = {
     "distillation.rho": 1.0,
     "federation.teacher-epochs": 10,
     "tracking.wandb": "off",
+    "tracking.report": False,
 }
 
 

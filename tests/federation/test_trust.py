@@ -90,7 +90,7 @@ def test_no_message_holds_features_interactions_or_a_teachers_parameters(toy, fe
 def ask(node_config, overrides, action="score", run="fed-000001", number=9, **values):
     """One request to a node, and its checked reply."""
     stamp = Stamp(run, action, number, "teacher/text", draw_nonce())
-    config = resolve({"tracking.wandb": "off", **overrides})
+    config = resolve({"tracking.wandb": "off", "tracking.report": False, **overrides})
     message = request(stamp, config, 1, **values)
     message.metadata.__dict__["_message_id"] = "m"
     message = message_from_proto(message_to_proto(message))
