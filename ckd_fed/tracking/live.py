@@ -63,6 +63,7 @@ class LiveProgress:
                 if key.endswith("/epoch"):
                     learner = key.removesuffix("/epoch")
                     self._move(learner, row, f"{learner}/")
+        self._progress.refresh()  # a short training ends between two of rich's own refreshes
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Take the bars away."""
