@@ -25,9 +25,10 @@ run-%: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Not part of the tests: mutated replies and files in process, then processes killed under a real federation on loopback.
+# Not part of the tests: mutated replies and files in process, a simulation ended and resumed, processes killed under a real federation.
 faults: setup
 	$(BIN)/python tests/faults/mutations.py
+	$(BIN)/python -m pytest tests/faults/resume_simulation.py
 	$(BIN)/python tests/faults/process_faults.py
 
 check: setup
