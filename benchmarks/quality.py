@@ -123,7 +123,8 @@ class Study:
         rows = fit.advance(sheets=sheets if teachers else None)
         at_best = next(row for row in rows if row["epoch"] == fit.stopping.best_epoch)
         fit.trainer.restore(fit.best)
-        metrics, chosen = fit.trainer.read_out(dataset.test)
+        student = len(dataset.modalities) > 1
+        metrics, chosen = fit.trainer.read_out(dataset.test) if student else (fit.trainer.diagnose(dataset.test), {})
         row = {**self.key, "model": model, "best_epoch": fit.stopping.best_epoch, "epochs": fit.epoch, "val": fit.stopping.best}
         row.update(seconds=round(time.monotonic() - started), device=config.training.device, torch=torch.__version__)
         row.update(test={name: round(value, 6) for name, value in metrics.compute().items() if not name.startswith("precision")})
