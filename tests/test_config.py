@@ -239,11 +239,13 @@ def test_flat_has_every_key_hyphenated():
 
 
 TEXT = st.text("abc xyz-_:#'\"é,1.", min_size=1, max_size=8)
+RUN_NAME = TEXT.filter(lambda name: not name.startswith("."))
 SPECIAL = {
     "dataset": st.from_regex(r"[a-z0-9_][a-z0-9_.-]{0,8}", fullmatch=True),
     "backbone": st.sampled_from(sorted(BACKBONES)),
     "recipe": st.just(""),
-    "name": TEXT.filter(lambda name: not name.startswith(".")),
+    "name": RUN_NAME,
+    "resume": RUN_NAME,
     "data.modalities": st.lists(st.sampled_from(["image", "text", "audio"]), unique=True).map(",".join),
     "training.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
     "data.missing": st.dictionaries(st.sampled_from(["image", "text"]), st.floats(0, 1)).map(lambda d: ",".join(f"{m}:{s}" for m, s in d.items())),
