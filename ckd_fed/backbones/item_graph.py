@@ -215,3 +215,14 @@ class ItemGraphBackbone(Backbone):
     def trained_features(self, modality: str) -> Tensor:
         """e_m, ``(n_items, dimension)``."""
         return self.features(modality) + self.drift[modality]
+
+    def freeze_graphs(self, k: int, kind: str = "sym") -> None:
+        """Keep S^0_m of every modality, the normalised graph of the k nearest items by features, for :meth:`frozen`."""
+        for modality in self.modalities:
+            graph = normalise(frozen_nearest(self.features(modality), k), kind)
+            self.register_buffer(f"frozen_index_{modality}", graph.index, persistent=False)
+            self.register_buffer(f"frozen_weight_{modality}", graph.weight, persistent=False)
+
+    def frozen(self, modality: str) -> Neighbours:
+        """S^0_m as :meth:`freeze_graphs` kept it."""
+        return Neighbours(self.get_buffer(f"frozen_index_{modality}"), self.get_buffer(f"frozen_weight_{modality}"))

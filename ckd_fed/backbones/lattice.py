@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Embeddings, Pass, View
 from ckd_fed.backbones.collaborative import Collaborative
-from ckd_fed.backbones.item_graph import ConstantGraph, ItemGraphBackbone, Neighbours, frozen_nearest, inverse, nearest, normalise, share, union
+from ckd_fed.backbones.item_graph import ConstantGraph, ItemGraphBackbone, Neighbours, inverse, nearest, share, union
 from ckd_fed.data.interactions import Interactions
 
 
@@ -66,10 +66,7 @@ class LATTICE(ItemGraphBackbone):
         self.neighbours, self.frozen_share, self.n_item_layers = min(neighbours, self.n_items), share("frozen_share", frozen_share), n_item_layers
         self.modal_weight = nn.Parameter(torch.empty(len(self.modalities)))
         self.collaborative = Collaborative(collaborative, train, embedding_dim, n_ui_layers, next(iter(features.values())).dtype)
-        for modality, matrix in features.items():
-            frozen = normalise(frozen_nearest(matrix, neighbours))
-            self.register_buffer(f"frozen_index_{modality}", frozen.index, persistent=False)
-            self.register_buffer(f"frozen_weight_{modality}", frozen.weight, persistent=False)
+        self.freeze_graphs(neighbours)
         self._learned: Learned | None = None
         self._kept: dict[View, ItemGraph] = {}
         self.reset_parameters()
@@ -111,10 +108,6 @@ class LATTICE(ItemGraphBackbone):
         """The learned neighbours of some modalities, and the shares a of all."""
         graphs = {m: nearest(self.projection[m](self.trained_features(m)), self.neighbours) for m in modalities}
         return Learned(self.modal_weight.softmax(0), graphs)
-
-    def frozen(self, modality: str) -> Neighbours:
-        """sym(S^0_m)."""
-        return Neighbours(self.get_buffer(f"frozen_index_{modality}"), self.get_buffer(f"frozen_weight_{modality}"))
 
     def _propagated(self, graph: ItemGraph) -> Tensor:
         h: Tensor = self.item_embedding

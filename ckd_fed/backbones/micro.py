@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View
 from ckd_fed.backbones.collaborative import Collaborative
 from ckd_fed.backbones.contrastive import catalogue_contrast, checked_temperature
-from ckd_fed.backbones.item_graph import ConstantGraph, ItemGraphBackbone, Neighbours, frozen_nearest, nearest, normalise, share, total, union
+from ckd_fed.backbones.item_graph import ConstantGraph, ItemGraphBackbone, Neighbours, nearest, normalise, share, total, union
 from ckd_fed.data.interactions import Interactions
 
 
@@ -77,10 +77,7 @@ class MICRO(ItemGraphBackbone):
         self.contrastive_weight, self.temperature, self.normalisation = contrastive_weight, checked_temperature(temperature), normalisation
         self.query = nn.Sequential(nn.Linear(embedding_dim, embedding_dim), nn.Tanh(), nn.Linear(embedding_dim, 1, bias=False))
         self.collaborative = Collaborative(collaborative, train, embedding_dim, n_ui_layers, next(iter(features.values())).dtype)
-        for modality, matrix in features.items():
-            frozen = normalise(frozen_nearest(matrix, neighbours), normalisation)
-            self.register_buffer(f"frozen_index_{modality}", frozen.index, persistent=False)
-            self.register_buffer(f"frozen_weight_{modality}", frozen.weight, persistent=False)
+        self.freeze_graphs(neighbours, normalisation)
         self._kept: dict[str, ConstantGraph] = {}
         self.reset_parameters()
 
@@ -133,10 +130,6 @@ class MICRO(ItemGraphBackbone):
         graphs = {m: self._graph(m) for m in self.modalities}
         self._kept = {m: graph.constant() for m, graph in graphs.items()}
         return {m: graphs[m] for m in modalities}
-
-    def frozen(self, modality: str) -> Neighbours:
-        """sym(S^0_m)."""
-        return Neighbours(self.get_buffer(f"frozen_index_{modality}"), self.get_buffer(f"frozen_weight_{modality}"))
 
     def _graph(self, modality: str) -> Neighbours:
         learned = normalise(nearest(self.projection[modality](self.trained_features(modality)), self.neighbours), self.normalisation)
