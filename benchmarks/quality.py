@@ -5,7 +5,8 @@
 
 ``run`` trains each model to early stopping with the published hyper-parameters and appends one line to ``--results`` (JSON lines) for
 each. A model that is in that file is not trained again, so an interrupted call goes on where it stopped, and files from several
-machines can be concatenated. DIR holds the dataset's folder. Teachers' tables are kept in ``--cache`` for the students that need them.
+machines can be concatenated. DIR holds the dataset's folder. Teachers' tables are kept in ``--cache`` for the students that need them,
+and every model's test metrics by user, from which the call ends by testing distilled against plain over users (paired t-test).
 
 Plain and distilled students get the same budget: ``--trials`` settings each (plain: learning rates, distilled: rho), tried on the
 first seed and chosen on validation; the other seeds run with the chosen one. ``--all`` runs every setting with every seed.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckd_fed.analysis.compare import paired
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.checkpoint import load_checkpoint, save_checkpoint
@@ -31,8 +34,11 @@ from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import open_dataset
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
+from ckd_fed.evaluation.calibration import calibration_views, combine, view_name
+from ckd_fed.evaluation.per_user import rank_users
 from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.central import select
+from ckd_fed.training.trainer import METRIC, Trainer
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "docs" / "results.jsonl"
@@ -88,7 +94,7 @@ class Study:
         """Modality -> its teacher's tables; trained where they are not in the cache."""
         found = {}
         for m in self.dataset.modalities:
-            path = self.cache / f"{'-'.join(map(str, self.key.values())).replace(':', '-')}-{m}.safetensors"
+            path = cached(self.cache, self.key, f"teacher/{m}", "safetensors")
             if not path.is_file():
                 tables = self._train(f"teacher/{m}", self.config, select(self.dataset, (m,)), {})
                 save_checkpoint(path, {"users": tables.users.cpu().numpy(), "items": tables.items.cpu().numpy()}, {})
@@ -130,11 +136,67 @@ class Study:
         row.update(test={name: round(value, 6) for name, value in metrics.compute().items() if not name.startswith("precision")})
         row.update(readout={name: round(value, 6) for name, value in chosen.items()})
         row.update({name: round(value, 4) for name, value in at_best.items() if name.startswith(("weight/", "effect/"))})
+        self._keep_users(model, fit.trainer, chosen)
         if not self.results.find(**self.key, model=model):  # a teacher trained again for its tables alone
             self.results.add(row)
         print(f"{' '.join(map(str, self.key.values()))} {model}: best epoch {row['best_epoch']}, ", end="")
         print(f"test Recall@20 {metrics.compute()['recall@20']:.4f}, {row['seconds']} s", flush=True)
         return fit.trainer.soft_scores()
+
+    def _keep_users(self, model: str, trainer: Trainer, chosen: Mapping[str, float]) -> None:
+        """Write every test user's metric, of the joint ranking and of a student's calibrated one."""
+        ranked = {"joint": trainer.soft_scores()}
+        if chosen:
+            tables = trainer.embeddings(calibration_views(trainer.backbone))
+            weights = {view: chosen.get(f"readout/weight/{view_name(trainer.backbone, view)}", 0.0) for view in tables}
+            ranked["calibrated"] = combine(tables, {view: weight for view, weight in weights.items() if weight})
+        k = max(trainer.ks)
+        users = {name: rank_users(table, self.dataset.train, self.dataset.test, k).metrics(trainer.ks)[METRIC] for name, table in ranked.items()}
+        path = cached(self.cache, self.key, model, "npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **users)
+
+
+def cached(cache: Path, key: Mapping[str, object], model: str, kind: str) -> Path:
+    """Where a model's tables or its users' metrics are kept."""
+    name = "-".join(map(str, [*key.values(), model]))
+    return cache / f"{re.sub('[^a-zA-Z0-9_.=]+', '-', name)}.{kind}"
+
+
+def test_over_users(results: Results, cache: Path, dataset: str, backbone: str) -> None:
+    """Append the paired tests of the chosen distilled student: each user's metric, averaged over the seeds at hand, against another's.
+
+    The test takes users as the sample: it says whether these students differ on other users, not what another seed would give (which the
+    deviation over seeds says). Of a comparison made several times, ``table`` shows the last.
+    """
+    rows = results.find(dataset=dataset, backbone=backbone)
+    plain, distilled = chosen_rows(rows, "plain"), chosen_rows(rows, "distilled")
+    teachers = [row for row in rows if row["model"].startswith("teacher/")]
+    if not distilled:
+        return
+    student = distilled[0]["model"]
+    best_teacher = max(teachers, key=lambda row: float(row["val"]))["model"] if teachers else None
+    others = [(plain[0]["model"], "joint")] if plain else []
+    others += [(best_teacher, "joint")] if best_teacher else []
+    for of, (model, ranking) in [("joint", other) for other in others] + [("calibrated", other) for other in [*others, (student, "joint")]]:
+        sides: list[tuple[np.ndarray, np.ndarray]] = []
+        seeds = []
+        for row in distilled:
+            key = {"dataset": dataset, "backbone": backbone, "seed": row["seed"]}
+            paths = [cached(cache, key, name, "npz") for name in (student, model)]
+            if all(path.is_file() for path in paths):
+                with np.load(paths[0]) as ours, np.load(paths[1]) as theirs:
+                    sides.append((ours[of], theirs[ranking]))
+                seeds.append(row["seed"])
+        if not seeds:
+            continue
+        by_user = np.asarray(sides, dtype=np.float64).mean(axis=0)  # (2, users)
+        difference, low, high, p = paired(by_user[0], by_user[1])
+        row = {"dataset": dataset, "backbone": backbone, "model": "paired", "of": f"{student}, {of}", "against": f"{model}, {ranking}"}
+        row.update(seeds=seeds, users=by_user.shape[1], difference=round(difference, 6), low=round(low, 6), high=round(high, 6), p=p)
+        if row not in results.rows:
+            results.add(row)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -150,6 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
         plain = {} if arguments.no_plain else {rate: study.plain(rate)["val"] for rate in rates}
         if not arguments.all:  # chosen on validation with the first seed
             rates, rhos = (max(plain, key=plain.__getitem__, default=1.0),), (max(distilled, key=distilled.__getitem__),)
+    test_over_users(results, arguments.cache, arguments.dataset, arguments.backbone)
 
 
 def table(arguments: argparse.Namespace) -> None:
@@ -187,11 +250,12 @@ def summary(results: Results, dataset: str, backbone: str) -> str:
 
 
 def details(results: Results, dataset: str, backbone: str) -> str:
-    """Every model of one backbone, beside the published figures."""
+    """Every model of one backbone beside the published figures, and the paired tests."""
     rows, published = results.find(dataset=dataset, backbone=backbone), PUBLISHED.get((dataset, backbone), {})
     lines = [f"\n### {backbone} on {dataset}, every model\n", "| model | by seed | mean | published | ratio | best epochs | val | its views |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for model in dict.fromkeys(str(row["model"]) for row in rows):
+    pairs = {(row["of"], row["against"]): row for row in rows if row["model"] == "paired"}
+    for model in dict.fromkeys(str(row["model"]) for row in rows if row["model"] != "paired"):
         chosen = [row for row in rows if row["model"] == model]
         recalls = [row["test"]["recall@20"] for row in chosen]
         by_seed = ", ".join(f"{row['seed']}: {recall:.4f}" for row, recall in zip(chosen, recalls, strict=True))
@@ -205,6 +269,11 @@ def details(results: Results, dataset: str, backbone: str) -> str:
         )
         val = np.mean([row["val"] for row in chosen])
         lines.append(f"| {model} | {by_seed} | {np.mean(recalls):.4f} | {against} | {epochs} | {val:.4f} | {shown} |")
+    if pairs:
+        lines += ["\nPaired over users, test Recall@20:\n", "| of | against | seeds | difference (95 %) | p |", "|---|---|---|---|---|"]
+    for (of, against), row in pairs.items():
+        seeds = ", ".join(map(str, row["seeds"]))
+        lines.append(f"| {of} | {against} | {seeds} | {row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f}) | {row['p']:.1e} |")
     return "\n".join(lines)
 
 
