@@ -10,6 +10,9 @@ and every model's test metrics by user, from which the call ends by testing dist
 
 Plain and distilled students get the same budget: ``--trials`` settings each (plain: learning rates, distilled: rho), tried on the
 first seed and chosen on validation; the other seeds run with the chosen one. ``--all`` runs every setting with every seed.
+
+``--one-start`` gives all roles the initial parameters that the seed alone decides, as in the published code, where each process draws
+them from the same seed; by default every role has its own. Such models are listed apart and never chosen.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from ckd_fed.training.trainer import METRIC, Trainer
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "docs" / "results.jsonl"
+ONE_START = " (one start)"
 RATES, RHOS = (1.0, 0.5, 2.0), (1.0, 0.1, 10.0)  # in the order of trial; rates are multiples of the backbone's published learning rate
 
 # Test Recall@20 that the authors' implementation is said to give on these files, by seed (as far as it was run).
@@ -86,17 +90,18 @@ class Results:
 class Study:
     """One dataset, backbone and seed: trains whichever models are asked for and not there yet."""
 
-    def __init__(self, config: Config, dataset: Dataset, results: Results, cache: Path) -> None:
-        self.config, self.dataset, self.results, self.cache = config, dataset, results, cache
+    def __init__(self, config: Config, dataset: Dataset, results: Results, cache: Path, *, one_start: bool = False) -> None:
+        self.config, self.dataset, self.results, self.cache, self.one_start = config, dataset, results, cache, one_start
         self.key = {"dataset": config.dataset, "backbone": config.backbone, "seed": config.seed}
 
     def teachers(self) -> dict[str, Embeddings]:
         """Modality -> its teacher's tables; trained where they are not in the cache."""
         found = {}
         for m in self.dataset.modalities:
-            path = cached(self.cache, self.key, f"teacher/{m}", "safetensors")
+            model = self._named(f"teacher/{m}")
+            path = cached(self.cache, self.key, model, "safetensors")
             if not path.is_file():
-                tables = self._train(f"teacher/{m}", self.config, select(self.dataset, (m,)), {})
+                tables = self._train(model, self.config, select(self.dataset, (m,)), {})
                 save_checkpoint(path, {"users": tables.users.cpu().numpy(), "items": tables.items.cpu().numpy()}, {})
             arrays, _ = load_checkpoint(path)
             found[m] = Embeddings(torch.from_numpy(arrays["users"]), torch.from_numpy(arrays["items"]))
@@ -104,7 +109,7 @@ class Study:
 
     def plain(self, rate: float) -> Row:
         """The plain student with a multiple of the published learning rate."""
-        model = "plain" if rate == 1 else f"plain rate x{rate:g}"
+        model = self._named("plain" if rate == 1 else f"plain rate x{rate:g}")
         if not self.results.find(**self.key, model=model):
             config = resolve(self.config.flat(), {"training.learning-rate": rate * self.config.training.learning_rate})
             self._train(model, config, self.dataset, {})
@@ -112,14 +117,17 @@ class Study:
 
     def distilled(self, rho: float) -> Row:
         """The student distilled with a weight rho."""
-        model = f"distilled rho={rho:g}"
+        model = self._named(f"distilled rho={rho:g}")
         if not self.results.find(**self.key, model=model):
             self._train(model, resolve(self.config.flat(), {"distillation.rho": rho}), self.dataset, self.teachers())
         return self.results.find(**self.key, model=model)[0]
 
+    def _named(self, model: str) -> str:
+        return model + ONE_START if self.one_start else model
+
     def _train(self, model: str, config: Config, dataset: Dataset, teachers: Mapping[str, Embeddings]) -> Embeddings:
         started = time.monotonic()
-        role = model if model.startswith("teacher/") else "student" if teachers else "plain"
+        role = "any" if self.one_start else model if model.startswith("teacher/") else "student" if teachers else "plain"
         fit = build_fit(config, build_trainer(config, dataset, role, distilled=bool(teachers)))
         dtype = DTYPES[config.distillation.margin_dtype]
 
@@ -170,7 +178,7 @@ def test_over_users(results: Results, cache: Path, dataset: str, backbone: str) 
     The test takes users as the sample: it says whether these students differ on other users, not what another seed would give (which the
     deviation over seeds says). Of a comparison made several times, ``table`` shows the last.
     """
-    rows = results.find(dataset=dataset, backbone=backbone)
+    rows = [row for row in results.find(dataset=dataset, backbone=backbone) if not row["model"].endswith(ONE_START)]
     plain, distilled = chosen_rows(rows, "plain"), chosen_rows(rows, "distilled")
     teachers = [row for row in rows if row["model"].startswith("teacher/")]
     if not distilled:
@@ -206,7 +214,7 @@ def run(arguments: argparse.Namespace) -> None:
     rates, rhos = RATES[: arguments.trials], tuple(arguments.rhos or RHOS[: arguments.trials])
     for seed in arguments.seeds:
         config = resolve(base, {"seed": seed, "training.threads": arguments.threads, "training.device": arguments.device})
-        study = Study(config, open_dataset(config), results, arguments.cache)
+        study = Study(config, open_dataset(config), results, arguments.cache, one_start=arguments.one_start)
         study.teachers()
         distilled = {rho: study.distilled(rho)["val"] for rho in rhos}
         plain = {} if arguments.no_plain else {rate: study.plain(rate)["val"] for rate in rates}
@@ -230,7 +238,7 @@ def table(arguments: argparse.Namespace) -> None:
 
 def summary(results: Results, dataset: str, backbone: str) -> str:
     """One backbone's row: its chosen plain student against its chosen distilled one."""
-    rows = results.find(dataset=dataset, backbone=backbone)
+    rows = [row for row in results.find(dataset=dataset, backbone=backbone) if not row["model"].endswith(ONE_START)]
     plain, distilled = chosen_rows(rows, "plain"), chosen_rows(rows, "distilled")
     if not rows:
         return f"| {backbone} | " + " | ".join(["not run"] * 7) + " | |"
@@ -259,7 +267,8 @@ def details(results: Results, dataset: str, backbone: str) -> str:
         chosen = [row for row in rows if row["model"] == model]
         recalls = [row["test"]["recall@20"] for row in chosen]
         by_seed = ", ".join(f"{row['seed']}: {recall:.4f}" for row, recall in zip(chosen, recalls, strict=True))
-        theirs = float(np.mean(published[model])) if model in published else None
+        known = published.get(model.removesuffix(ONE_START))
+        theirs = float(np.mean(known)) if known else None
         against = f"{theirs:.4f} | {np.mean(recalls) / theirs:.2f}" if theirs else " | "
         epochs = " to ".join(str(epoch) for epoch in sorted({min(row["best_epoch"] for row in chosen), max(row["best_epoch"] for row in chosen)}))
         views = sorted({name for row in chosen for name in row["test"] if "/" in name and name.endswith("/recall@20")})
@@ -315,6 +324,7 @@ def main() -> None:
     runner.add_argument("--trials", type=int, default=3, help="settings tried of plain and of distilled students, 1 to 3")
     runner.add_argument("--rhos", type=float, nargs="+", help="these instead of the trials' rhos")
     runner.add_argument("--all", action="store_true", help="every setting with every seed")
+    runner.add_argument("--one-start", action="store_true", help="the same initial parameters for all roles, as published")
     runner.add_argument("--no-plain", action="store_true", help="leave the plain students out")
     runner.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for the default")
     runner.add_argument("--device", default="auto")
