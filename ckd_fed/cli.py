@@ -146,9 +146,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can mend are one line on stderr and exit code 1."""
-    import warnings
-
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     parsed = build_parser().parse_args(arguments)
     try:
         parsed.action(parsed)

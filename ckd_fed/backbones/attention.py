@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from ckd_fed.backbones.graph import multiply
+from ckd_fed.backbones.graph import Csr, multiply
 from ckd_fed.data.interactions import Interactions
 
 
@@ -94,15 +94,15 @@ class BipartiteEdges(nn.Module):
     # The same without gradient: what the functions below are made of.
 
     def _similarity(self, users: Tensor, items: Tensor) -> Tensor:
-        pattern = self._csr(self.user_indptr, self.items, self.zeros, (self.n_users, self.n_items))
+        pattern = Csr(self.user_indptr, self.items, self.zeros, (self.n_users, self.n_items)).sparse()
         return torch.sparse.sampled_addmm(pattern, users.contiguous(), items.contiguous().T, beta=0.0).values()
 
     def _to_users(self, weights: Tensor, items: Tensor) -> Tensor:
-        return multiply(self._csr(self.user_indptr, self.items, weights, (self.n_users, self.n_items)), items)
+        return multiply(Csr(self.user_indptr, self.items, weights, (self.n_users, self.n_items)), items)
 
     def _to_items(self, weights: Tensor, users: Tensor) -> Tensor:
         weights = weights.index_select(0, self.by_item)
-        return multiply(self._csr(self.item_indptr, self.item_users, weights, (self.n_items, self.n_users)), users)
+        return multiply(Csr(self.item_indptr, self.item_users, weights, (self.n_items, self.n_users)), users)
 
     def _sum_at(self, at_users: bool, numbers: Tensor) -> Tensor:
         """Sum of the edges' numbers at one end, given back to every edge, ``(E,)``."""
@@ -110,10 +110,6 @@ class BipartiteEdges(nn.Module):
             return torch.segment_reduce(numbers, "sum", offsets=self.user_indptr, unsafe=True).index_select(0, self.users)
         numbers = numbers.index_select(0, self.by_item)
         return torch.segment_reduce(numbers, "sum", offsets=self.item_indptr, unsafe=True).index_select(0, self.items)
-
-    @staticmethod
-    def _csr(indptr: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-        return torch.sparse_csr_tensor(indptr, indices, values, size=shape, check_invariants=False)
 
 
 class _Similarity(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import Parameter, signature
@@ -49,7 +50,7 @@ def build_backbone(
     Args:
         name: of the backbone.
         train: training interactions.
-        features: modality -> ``(n_items, dimension)``; one modality makes a teacher.
+        features: modality -> ``(n_items, dimension)``; one modality makes a teacher. Read-only arrays are used in place, others copied.
         options: the backbone's own options, for example ``embedding_dim``.
         seed: of the initialisation. Parameters are drawn on the CPU, so every device starts from the same ones.
         device, dtype: where and in what precision it lives.
@@ -68,11 +69,19 @@ def build_backbone(
             raise DataError(
                 f"modality {modality!r} cannot be used: a name of letters, digits, - and _ is needed that torch's modules do not use; rename its file"
             )
-    tensors = {m: torch.from_numpy(np.array(x)).to(dtype) for m, x in features.items()}
+    tensors = {m: _tensor(x).to(dtype) for m, x in features.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build(train, tensors, **options)
     return backbone.to(device=device, dtype=dtype)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.flags.writeable:
+        return torch.from_numpy(np.array(array))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does a backbone write to its features
+        return torch.from_numpy(array)
 
 
 def _check_option(key: str, value: Any, kind: type) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View, bpr_loss, half_squares, margin
-from ckd_fed.backbones.graph import Propagation, constant_product, light_gcn, symmetric_normalised_adjacency
+from ckd_fed.backbones.graph import Csr, Propagation, constant_product, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.backbones.item_graph import ItemGraphBackbone, Neighbours, frozen_nearest, share, total
 from ckd_fed.data.interactions import Interactions
 
@@ -76,7 +76,7 @@ class FREEDOM(ItemGraphBackbone):
         self.item_graph = nn.ModuleDict({m: Propagation(binary_graph(x, neighbours).to_scipy(), dtype) for m, x in features.items()})
         self.propagate = Propagation(symmetric_normalised_adjacency(train, EPSILON), dtype)
         self.edges = Edges(train)
-        self._pruned: Tensor | None = None
+        self._pruned: Csr | None = None
         self.reset_parameters()
 
     @property
@@ -171,7 +171,7 @@ class Edges(nn.Module):
         keep[clocks.topk(kept_edges(n, dropout), largest=False, sorted=False).indices] = True
         return keep
 
-    def adjacency(self, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    def adjacency(self, keep: Tensor, dtype: torch.dtype) -> Csr:
         """D^-1/2 A D^-1/2 of the kept edges in compressed-row form, ``(n_users + n_items)`` squared; it is its own transpose.
 
         Args:
@@ -190,7 +190,7 @@ class Edges(nn.Module):
         columns = torch.cat([items_of + self.n_users, by_user[back]])
         at = torch.cat([torch.zeros(1, dtype=torch.long, device=keep.device), torch.cat([degree_u, degree_i]).cumsum(0)])
         n = self.n_users + self.n_items
-        return torch.sparse_csr_tensor(at, columns, values, size=(n, n), check_invariants=False)
+        return Csr(at, columns, values, (n, n))
 
 
 def kept_edges(n: int, dropout: float) -> int:

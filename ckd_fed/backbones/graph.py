@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -12,6 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.data.interactions import Interactions
+
+
+class Csr(NamedTuple):
+    """A sparse matrix in compressed-row form: the columns of row r are ``indices[indptr[r]:indptr[r + 1]]``, likewise its values."""
+
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor
+    shape: tuple[int, ...]
+
+    def sparse(self) -> Tensor:
+        """As a sparse tensor of torch."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # nothing that a user can act on
+            return torch.sparse_csr_tensor(self.indptr, self.indices, self.values, size=self.shape, check_invariants=False)
 
 
 class Propagation(nn.Module):
@@ -40,19 +56,19 @@ class Propagation(nn.Module):
         """A @ x, shape ``(n, d)``."""
         return _Product.apply(x, self._matrix("forward", self.shape), self._matrix("transposed", self.shape[::-1]))
 
-    def _matrix(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> Csr:
         indptr, indices, values = (self.get_buffer(f"{name}_{part}") for part in ("indptr", "indices", "values"))
-        return torch.sparse_csr_tensor(indptr, indices, values, size=shape, check_invariants=False)
+        return Csr(indptr, indices, values, shape)
 
 
-def constant_product(x: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
-    """``matrix @ x`` for a constant matrix in compressed-row form; the gradient multiplies by its transpose, given in that form too."""
+def constant_product(x: Tensor, matrix: Csr, transposed: Csr) -> Tensor:
+    """``matrix @ x`` for a constant matrix; the gradient multiplies by its transpose."""
     return _Product.apply(x, matrix, transposed)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: Csr, transposed: Csr) -> Tensor:
         ctx.transposed = transposed
         return multiply(matrix, x)
 
@@ -61,14 +77,13 @@ class _Product(torch.autograd.Function):
         return multiply(ctx.transposed, gradients[0]), None, None
 
 
-def multiply(matrix: Tensor, x: Tensor) -> Tensor:
-    """matrix @ x without gradient, by the fastest kernel of the device; the matrix is in compressed-row form."""
+def multiply(matrix: Csr, x: Tensor) -> Tensor:
+    """matrix @ x without gradient, by the fastest kernel of the device."""
     if x.device.type == "cpu":
         # A row of A @ x is a weighted bag of rows of x; that kernel is vectorised, the sparse product's is not.
-        at, indices, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
         x = x.detach().contiguous()  # detached, for otherwise the kernel prepares a backward of its own
-        return F.embedding_bag(indices, x, at, mode="sum", per_sample_weights=values, include_last_offset=True)
-    return matrix @ x
+        return F.embedding_bag(matrix.indices, x, matrix.indptr, mode="sum", per_sample_weights=matrix.values, include_last_offset=True)
+    return matrix.sparse() @ x
 
 
 def row_normalised_adjacency(train: Interactions) -> sp.csr_array:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Backbone
-from ckd_fed.backbones.graph import constant_product
+from ckd_fed.backbones.graph import Csr, constant_product
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, unknown
 
@@ -83,11 +83,11 @@ class ConstantGraph:
         n, k = graph.index.shape
         index, weight = graph.index.reshape(-1), graph.weight.detach().reshape(-1)
         at = torch.arange(0, n * k + 1, k, device=index.device) if k else torch.zeros(n + 1, dtype=torch.long, device=index.device)
-        self._matrix = torch.sparse_csr_tensor(at, index, weight, size=(n, n), check_invariants=False)
+        self._matrix = Csr(at, index, weight, (n, n))
         order = torch.argsort(index, stable=True)
         counts = torch.zeros(n + 1, dtype=torch.long, device=index.device).index_add_(0, index + 1, torch.ones_like(index))
         rows = torch.div(order, max(1, k), rounding_mode="floor")
-        self._transposed = torch.sparse_csr_tensor(counts.cumsum(0), rows, weight[order], size=(n, n), check_invariants=False)
+        self._transposed = Csr(counts.cumsum(0), rows, weight[order], (n, n))
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """S @ x, ``(n_items, d)``, with gradient for x alone."""

@@ -135,12 +135,16 @@ def dense_features(dataset: Dataset, modality: str) -> np.ndarray:
     """Features as float32 with items that lack the modality set to the mean of those that have it.
 
     The mean row is what an absent modality is replaced by (the counterfactual), so an item without the modality behaves like one
-    for which it is absent. Shape ``(n_items, dimension)``.
+    for which it is absent. Shape ``(n_items, dimension)``. Features that are float32 already and that every item has are the
+    dataset's own, read-only: mapped from the file, in memory once for all processes of a machine.
     """
-    features = np.array(dataset.features[modality], dtype=np.float32)
     mask = dataset.masks.get(modality)
-    if mask is not None:
-        features[~mask] = features[mask].mean(axis=0, dtype=np.float64)
+    if mask is None:
+        features = np.asarray(dataset.features[modality], dtype=np.float32).view()
+        features.flags.writeable = False
+        return features
+    features = np.array(dataset.features[modality], dtype=np.float32)
+    features[~mask] = features[mask].mean(axis=0, dtype=np.float64)
     return features
 
 

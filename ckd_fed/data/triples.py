@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import DataError
 
+_KEPT = 1 << 17  # longest counter that is kept for the next call
+_MASK = 0xFFFFFFFFFFFFFFFF
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -35,14 +37,29 @@ _MORE_USERS = 16
 
 def mix_int(x: int) -> int:
     """:func:`mix64` of one Python integer."""
-    return int(mix64(np.array([x & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))[0])
+    x &= _MASK
+    x = (x ^ (x >> 30)) * int(_MIX_1) & _MASK
+    x = (x ^ (x >> 27)) * int(_MIX_2) & _MASK
+    return x ^ (x >> 31)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
     """SplitMix64's output function (Steele, Lea, Flood 2014): a bijection of 64-bit words with full avalanche."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
+    x = x.copy()
+    _mix(x)
+    return x
+
+
+def _mix(x: np.ndarray) -> None:
+    """:func:`mix64` in place: the passes over memory are what it costs."""
+    shifted = x >> np.uint64(30)
+    x ^= shifted
+    x *= _MIX_1
+    np.right_shift(x, np.uint64(27), out=shifted)
+    x ^= shifted
+    x *= _MIX_2
+    np.right_shift(x, np.uint64(31), out=shifted)
+    x ^= shifted
 
 
 def derive_key(*parts: object) -> int:
@@ -53,12 +70,25 @@ def derive_key(*parts: object) -> int:
 
 def words(key: int, n: int) -> np.ndarray:
     """The first n 64-bit words under a key, shape ``(n,)`` uint64."""
-    return mix64(np.uint64(key) + np.arange(1, n + 1, dtype=np.uint64) * _GAMMA)
+    found = (_counter if n <= _KEPT else _counter.__wrapped__)(n) + np.uint64(key)
+    _mix(found)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _counter(n: int) -> np.ndarray:
+    """1 to n times gamma, read-only."""
+    counter = np.arange(1, n + 1, dtype=np.uint64) * _GAMMA
+    counter.flags.writeable = False
+    return counter
 
 
 def below(word: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
     """Map words to integers in ``[0, bound)`` by multiply-and-shift of their high half; the bias is under bound / 2**32."""
-    return ((word >> np.uint64(32)) * np.asarray(bound, dtype=np.uint64) >> np.uint64(32)).astype(np.int64)
+    scaled = word >> np.uint64(32)
+    scaled *= np.asarray(bound, dtype=np.uint64)
+    scaled >>= np.uint64(32)
+    return scaled.view(np.int64)
 
 
 @dataclass(frozen=True)
@@ -117,7 +147,8 @@ class TripleStream:
         n = self.kd_batch_size
         kd_users = self._draw_users(base, _KD_USERS, n) if n else np.empty(0, dtype=np.int64)
         kd_items = [below(self._lane(base, lane, n), self.train.n_items) for lane in (_KD_J, _KD_K)]
-        return StepTriples(np.stack([users, positive, negative]).astype(np.int32), np.stack([kd_users, *kd_items]).astype(np.int32))
+        ranking = np.stack([users, positive, negative], dtype=np.int32, casting="same_kind")
+        return StepTriples(ranking, np.stack([kd_users, *kd_items], dtype=np.int32, casting="same_kind"))
 
     def epoch(self, epoch: int, share: tuple[int, int] = (0, 1)) -> list[StepTriples]:
         """Triples of a whole epoch, or of worker w's share of it: the steps congruent to w modulo W for ``share=(w, W)``."""
@@ -139,8 +170,8 @@ class TripleStream:
         if n > len(pool):
             return np.sort(pool[below(self._lane(base, lane, n), len(pool))])
         if 4 * n >= len(pool):  # dense: the n smallest of one word per user
-            word = self._lane(base, lane, len(pool))
-            return pool[np.sort(np.argpartition(word, n - 1)[:n])]
+            word = self._lane(base, lane, len(pool))  # all different: one counter each, mixed by a bijection
+            return pool[np.flatnonzero(word <= np.partition(word, n - 1)[n - 1])]
         chosen = np.empty(0, dtype=np.int64)  # sparse: draw, keep first occurrences, draw again for what is missing
         attempt = lane
         while len(chosen) < n:

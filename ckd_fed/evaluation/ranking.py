@@ -13,7 +13,7 @@ from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation.metrics import RankingMetrics
 
-_BLOCK_SCORES = 1 << 23  # scores held at a time: 32 MB in float32
+_BLOCK_SCORES = 1 << 22  # scores held at a time: 16 MB in float32
 
 
 def evaluate(

@@ -1,0 +1,270 @@
+"""How fast a training step and an evaluation are, as ratios to the same mathematics in the published manner, in one run.
+
+    python benchmarks/speed.py --threads 2                                     # sizes of Baby with the published features (4096-d, 384-d)
+    python benchmarks/speed.py --threads 2 --data DIR --dataset tiktok
+    python benchmarks/speed.py --quick
+
+For every case both sides start from the same parameters; their losses on the same triples are compared first (relative difference,
+which must be under 1e-5), then steps are timed in turns, sampling and the teachers' margins included, and the median round counts.
+``naive.py`` is the published manner. With ``--memory`` each side of each case also runs in a process of its own, whose peak resident
+memory is printed (Linux). ``--profile`` prints where our distillation steps spend their time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import naive
+import numpy as np
+import torch
+from made_up import BABY, made_up
+from torch import Tensor
+
+from ckd_fed.backbones.base import Embeddings, Triples
+from ckd_fed.config import Config, resolve
+from ckd_fed.data.dataset import Dataset
+from ckd_fed.data.locate import open_dataset
+from ckd_fed.data.triples import StepTriples
+from ckd_fed.distillation.margins import margin_sheet, teacher_margins
+from ckd_fed.distillation.objective import PlainObjective
+from ckd_fed.training.build import build_trainer
+from ckd_fed.training.central import select
+from ckd_fed.training.trainer import Trainer
+
+FLOAT32 = np.dtype(np.float32)
+ROLES = ("teacher", "plain", "distilled")
+
+
+def tensors(triples: np.ndarray) -> naive.Batch:
+    user, first, second = torch.from_numpy(triples).long()
+    return user, first, second
+
+
+@dataclass
+class Case:
+    """One backbone in one role, trained by both sides.
+
+    Attributes:
+        name: for example ``vbpr distilled``.
+        config, dataset: of both sides.
+        backbone: ``vbpr`` or ``mmgcn``.
+        role: one of :data:`ROLES`. The teacher is the last modality's.
+    """
+
+    name: str
+    config: Config
+    dataset: Dataset
+    backbone: str
+    role: str
+
+    def build(self, side: str = "both") -> None:
+        """Models, teachers and optimisers; of one side, ``ours`` or ``naive``, where its memory is measured."""
+        config = resolve(self.config.flat(), {"backbone": self.backbone, "training.device": "cpu"})
+        of_role = select(self.dataset, self.dataset.modalities[-1:]) if self.role == "teacher" else self.dataset
+        self.ours = build_trainer(config, of_role, self.role, distilled=self.role == "distilled")
+        self.theirs = build_trainer(config, of_role, self.role) if side == "both" else self.ours
+        self.adjacency = naive.coordinate_adjacency(self.dataset.train) if self.backbone == "mmgcn" and side != "ours" else None
+        self.tables: dict[str, Embeddings] = {}
+        self.teachers: dict[str, Embeddings | naive.Model] = {}
+        if self.role == "distilled":
+            for m in self.dataset.modalities:
+                trainer = build_trainer(config, select(self.dataset, (m,)), f"teacher/{m}")
+                self.tables[m] = trainer.soft_scores()
+                # As published: a graph teacher is passed over the catalogue in every step; VBPR's tables are looked up.
+                self.teachers[m] = trainer.backbone if self.adjacency is not None else self.tables[m]  # type: ignore[assignment]
+        if side != "ours":
+            self.sampler = naive.Sampler(of_role, config)
+            self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.training.learning_rate)
+        torch.set_num_threads(config.training.threads)
+
+    @property
+    def model(self) -> naive.Model:
+        return self.theirs.backbone  # type: ignore[return-value]
+
+    def naive_loss(self, ranking: naive.Batch, pairs: naive.Batch | None) -> Tensor:
+        if pairs is None:
+            return naive.plain_loss(self.model, ranking, self.adjacency)
+        return naive.distillation_loss(self.model, self.teachers, ranking, pairs, self.config, self.adjacency)
+
+    def train_naive(self, steps: int) -> None:
+        for _ in range(steps):
+            loss = self.naive_loss(self.sampler.ranking(), self.sampler.pairs() if self.tables else None)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+    def train_ours(self, steps: int) -> None:
+        triples = [self.ours.stream.step(0, step) for step in range(steps)]
+        self.ours.train_epoch(0, self.sheets(triples), triples)
+
+    def sheets(self, triples: Sequence[StepTriples]) -> dict[str, np.ndarray] | None:
+        return {m: margin_sheet(table, triples, FLOAT32) for m, table in self.tables.items()} or None
+
+    def difference(self) -> float:
+        """Relative difference of the two losses on the same triples."""
+        triples = self.ours.stream.step(0, 0)
+        ranking, pairs = tensors(triples.ranking), tensors(triples.distillation)
+        theirs = float(self.naive_loss(ranking, pairs if self.tables else None).detach())
+        sheets = self.sheets([triples])
+        if sheets is None or self.ours.objective is None:
+            ours = float(PlainObjective()(self.ours.backbone, Triples(*ranking)).loss.detach())
+        else:
+            margins = teacher_margins(sheets, 0, len(ranking[0]), self.model.item_embedding)
+            ours = float(self.ours.objective(self.ours.backbone, Triples(*ranking), Triples(*pairs), margins).loss.detach())
+        return abs(ours - theirs) / abs(theirs)
+
+
+def in_turns(theirs: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median seconds of each side, warmed up once and then called in turns."""
+    sides = (theirs, ours)
+    seconds: list[list[float]] = [[], []]
+    for number in range(rounds + 1):
+        for side, times in zip(sides, seconds, strict=True):
+            started = time.perf_counter()
+            side()
+            if number:
+                times.append(time.perf_counter() - started)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, float, float, float]]:
+    """Rows of one view's evaluation and of a validation of three views, scaled from some users to all where fewer are asked for."""
+    dataset, trainer = case.dataset, case.ours
+    case.model.load_state_dict(trainer.backbone.state_dict())
+    n = len(dataset.test.users)
+    scale = n / min(n, users)
+    views = [("joint", dataset.modalities)] + [(m, (m,)) for m in dataset.modalities]
+
+    def one(present: Sequence[str]) -> float:
+        with torch.no_grad():
+            return naive.recall(naive.tables(case.model, present, case.adjacency), dataset.train, dataset.test, limit=users)
+
+    rows = []
+    for name, theirs, ours in (
+        ("evaluation, joint", lambda: one(dataset.modalities), lambda: trainer.rank(dataset.test)),
+        ("evaluation, all views", lambda: [one(present) for _, present in views], lambda: trainer.diagnose(dataset.test)),
+    ):
+        slow, fast = in_turns(theirs, ours, rounds)
+        difference = abs(one(dataset.modalities) - trainer.rank(dataset.test).compute()["recall@20"]) if scale == 1 else float("nan")
+        rows.append((f"{case.backbone} {name}", slow * scale, fast, difference))
+    return rows
+
+
+def triples_per_second(trainer: Trainer, steps: int) -> float:
+    started = time.perf_counter()
+    drawn = [trainer.stream.step(1, step) for step in range(steps)]
+    return sum(t.ranking.shape[1] + t.distillation.shape[1] for t in drawn) / (time.perf_counter() - started)
+
+
+def floor(case: Case) -> float:
+    """Seconds of the two dense products that a step over the whole catalogue cannot do without (projection, and its gradient)."""
+    total, width = 0.0, case.model.item_embedding.shape[1]
+    for m in case.dataset.modalities:
+        features = case.model.get_buffer(f"features_{m}")
+        weight, gradient = torch.randn(width, features.shape[1]), torch.randn(len(features), width)
+        forward, backward = in_turns(lambda f=features, w=weight: f @ w.T, lambda f=features, g=gradient: g.T @ f, 5)  # type: ignore[misc]
+        total += forward + backward
+    return total
+
+
+def peak_memory(arguments: argparse.Namespace, backbone: str, role: str, side: str) -> float:
+    """Peak resident MB of a process that does three steps of one side, and of ours an evaluation."""
+    command = [sys.executable, __file__, "--child", backbone, role, side, "--threads", str(arguments.threads), "--dataset", arguments.dataset]
+    if arguments.data:
+        command += ["--data", str(arguments.data)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def child(case: Case, side: str) -> None:
+    case.build(side)
+    (case.train_ours if side == "ours" else case.train_naive)(3)
+    if side == "ours":
+        case.ours.diagnose(case.dataset.val)
+    # Not getrusage: its maximum goes back to the process that this one was forked from.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) / 1024)
+
+
+def profile(case: Case, steps: int) -> None:
+    with torch.profiler.profile() as profiler:
+        case.train_ours(steps)
+    print(f"\n{case.name}, {steps} steps:\n")
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=18, max_name_column_width=50))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds the dataset's folder; without it, data of Baby's sizes are made up")
+    parser.add_argument("--dataset", default="tiktok")
+    parser.add_argument("--backbones", nargs="+", default=["vbpr", "mmgcn"], choices=["vbpr", "mmgcn"])
+    parser.add_argument("--roles", nargs="+", default=list(ROLES), choices=ROLES)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help="a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--profile", action="store_true", help="print where our distillation steps spend their time")
+    parser.add_argument("--quick", action="store_true", help="small data, two rounds: does it run?")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.rounds = 2, 2
+    torch.set_num_threads(arguments.threads)
+    base: dict[str, object] = {"training.threads": arguments.threads, "distillation.rho": 1.0, "distillation.margin-dtype": "float32"}
+    if arguments.data:
+        base.update({"dataset": arguments.dataset, "data.dir": str((arguments.data / arguments.dataset).resolve())})
+    config = resolve(base, {})  # type: ignore[arg-type]
+    sizes = (2_000, 700, 12_000, {"image": 128, "text": 64}) if arguments.quick else BABY
+    dataset = open_dataset(config) if arguments.data else made_up(*sizes)
+    if arguments.child:
+        backbone, role, side = arguments.child
+        child(Case("", config, dataset, backbone, role), side)
+        return
+    print(f"{dataset.describe()}\n{platform.processor() or platform.machine()}, {arguments.threads} thread(s), torch {torch.__version__}\n")
+    print("| case | published manner, ms | ours, ms | ratio | relative difference of the losses | peak memory, MB: published manner / ours |")
+    print("|---|---|---|---|---|---|", flush=True)
+    rows = []
+
+    def show(name: str, slow: float, fast: float, difference: float, memory: str = "") -> None:
+        rows.append({"case": name, "published_ms": 1000 * slow, "ours_ms": 1000 * fast, "difference": difference, "memory": memory})
+        print(f"| {name} | {1000 * slow:.1f} | {1000 * fast:.1f} | {slow / fast:.1f} | {difference:.1e} | {memory} |", flush=True)
+
+    notes = []
+    for backbone in arguments.backbones:
+        for role in arguments.roles:
+            case = Case(f"{backbone} {role} step", config, dataset, backbone, role)
+            case.build()
+            difference = case.difference()
+            if not difference < 1e-5:
+                raise SystemExit(f"{case.name}: the losses differ by {difference:.1e}; the two sides do not compute the same")
+            slow, fast = in_turns(lambda c=case: c.train_naive(arguments.steps), lambda c=case: c.train_ours(arguments.steps), arguments.rounds)  # type: ignore[misc]
+            memory = ""
+            if arguments.memory:
+                memory = " / ".join(f"{peak_memory(arguments, backbone, role, side):.0f}" for side in ("naive", "ours"))
+            show(case.name, slow / arguments.steps, fast / arguments.steps, difference, memory)
+            if role == "distilled":
+                for row in evaluation(case, min(2, arguments.rounds), 2_000):
+                    show(*row)
+                if backbone == "vbpr":
+                    notes.append(f"Two dense products over the catalogue, the floor of a step: {1000 * floor(case):.1f} ms.")
+                    notes.append(f"Triple stream: {triples_per_second(case.ours, 200) / 1e6:.1f} million triples a second.")
+                if arguments.profile:
+                    profile(case, arguments.steps)
+            del case
+    print("\n" + "\n".join(notes))
+    print("Evaluations in the published manner are measured on 2,000 users and scaled to all.")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
