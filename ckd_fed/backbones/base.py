@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ckd_fed.backbones.gather import Gather
 from ckd_fed.data.interactions import Interactions
 
 View = frozenset[str]
@@ -200,50 +201,21 @@ class Backbone(nn.Module, ABC):
         done = self(list(dict.fromkeys([*ranking_views, *distillation_views])))
         gather = Gather(ranking, distillation)
         output = StepOutput({}, {}, {})
-        gathered: dict[int, Tensor] = {}  # of each table; views may share one
+        of_users: dict[int, Tensor] = {}  # what is gathered from each table; views may share one
+        of_items: dict[int, tuple[Tensor, Tensor | None]] = {}
         for view, (users, items) in done.tables.items():
-            for index, table in ((gather.users, users), (gather.items, items)):
-                if id(table) not in gathered:
-                    gathered[id(table)] = F.embedding(index, table)
-            rows = gather.split(gathered[id(users)], gathered[id(items)])
+            if id(users) not in of_users:
+                of_users[id(users)] = gather.of_users(users)
+            if id(items) not in of_items:
+                of_items[id(items)] = gather.of_items(items)
+            rows = gather.rows(of_users[id(users)], *of_items[id(items)])
             if view in ranking_views:
-                output.ranking[view] = margin(*rows[0])
+                output.ranking[view] = rows.ranking_margin()
             if view in distillation_views:
-                output.distillation[view] = margin(*rows[1])
+                output.distillation[view] = rows.distillation_margin()
             if view == self.joint:
-                output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[view], *rows[0], done.parts))
+                output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[view], rows.users, rows.first, rows.second, done.parts))
         return output
-
-
-class Gather:
-    """Both batches of a step as one index a table: the backward of every gather fills a whole table, so there should be few.
-
-    Args:
-        ranking: the ranking batch, B triples.
-        distillation: the distillation batch, K triples, or None.
-
-    Attributes:
-        users: ``(n,)`` with n = B + K.
-        items: ``(2n,)``: first items of all batches, then second items.
-    """
-
-    def __init__(self, ranking: Triples, distillation: Triples | None) -> None:
-        batches = [ranking] if distillation is None else [ranking, distillation]
-        self._sizes = [len(batch) for batch in batches]
-        self.users = torch.cat([batch.users for batch in batches])
-        self.items = torch.cat([batch.first for batch in batches] + [batch.second for batch in batches])
-
-    def split(self, users: Tensor, items: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Gathered rows of users ``(n, d)`` and items ``(2n, d)`` by batch: (users, first items, second items)."""
-        # split, not slices: its backward is one concatenation, where every slice would fill a table of zeros
-        by_user, by_item = users.split(self._sizes), items.split(self._sizes * 2)
-        n = len(self._sizes)
-        return [(by_user[index], by_item[index], by_item[n + index]) for index in range(n)]
-
-
-def margin(users: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """s(u, first) - s(u, second) from rows ``(n, d)``, shape ``(n,)``."""
-    return (users * (first - second)).sum(-1)
 
 
 def bpr_loss(margin: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ckd_fed.backbones.base import Backbone, Embeddings, Gather, Pass, RankingBatch, StepOutput, Triples, View, margin
+from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.gather import Gather, Rows
 
 
 class BlockBackbone(Backbone):
@@ -44,18 +44,21 @@ class BlockBackbone(Backbone):
         distillation_views = list(distillation_views) if distillation is not None else []
         views = self.blocks(list(dict.fromkeys([*ranking_views, *distillation_views])))
         gather = Gather(ranking, distillation)
-        rows: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # block -> its rows, batch by batch
-        margins: dict[int, list[Tensor]] = {}
+        rows: dict[int, Rows] = {}  # of each block
+        ranked: dict[int, Tensor] = {}  # margins of each block
+        distilled: dict[int, Tensor] = {}
         for block in (block for blocks in views.values() for block in blocks):
             if id(block) not in rows:
-                rows[id(block)] = gather.split(F.embedding(gather.users, block.users), F.embedding(gather.items, block.items))
-                margins[id(block)] = [margin(*batch) for batch in rows[id(block)]]
+                of_block = rows[id(block)] = gather.rows(gather.of_users(block.users), *gather.of_items(block.items))
+                ranked[id(block)] = of_block.ranking_margin()
+                if distillation is not None:
+                    distilled[id(block)] = of_block.distillation_margin()
         output = StepOutput({}, {}, {})
         for view, blocks in views.items():
             if view in ranking_views:
-                output.ranking[view] = torch.stack([margins[id(block)][0] for block in blocks]).sum(0)
+                output.ranking[view] = torch.stack([ranked[id(block)] for block in blocks]).sum(0)
             if view in distillation_views:
-                output.distillation[view] = torch.stack([margins[id(block)][1] for block in blocks]).sum(0)
-        user, first, second = (torch.cat(part, dim=1) for part in zip(*(rows[id(block)][0] for block in views[self.joint]), strict=True))
+                output.distillation[view] = torch.stack([distilled[id(block)] for block in blocks]).sum(0)
+        user, first, second = (torch.cat(part, dim=1) for part in zip(*(rows[id(block)][:3] for block in views[self.joint]), strict=True))
         output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[self.joint], user, first, second))
         return output

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View, bpr_loss, half_squares, margin
+from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View, bpr_loss, half_squares
+from ckd_fed.backbones.gather import margin
 from ckd_fed.backbones.graph import Csr, Propagation, constant_product, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.backbones.item_graph import ItemGraphBackbone, Neighbours, frozen_nearest, share, total
 from ckd_fed.data.interactions import Interactions

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Backbone, Embeddings, Gather, Pass, RankingBatch, StepOutput, Triples, View, margin
+from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.gather import Gather, gather_rows
 from ckd_fed.backbones.graph import Propagation, row_normalised_adjacency
 from ckd_fed.data.interactions import Interactions
 
@@ -134,20 +135,24 @@ class MMGCN(Backbone):
         distillation_views = list(distillation_views) if distillation is not None else []
         views = list(dict.fromkeys([*ranking_views, *distillation_views]))
         gather = Gather(ranking, distillation)
-        index = torch.cat([gather.users, gather.items + self.n_users])  # (3n,)
-        branches = {}
+        index = torch.cat([gather.users, gather.items + self.n_users])  # (B + K + 2B,)
+        pairs = None if gather.pairs is None else (gather.pairs[0] + self.n_users, gather.pairs[1] + self.n_users)
+        branches, differences = {}, {}
         for m, (states, outputs) in self.branches(views).items():
-            branches[m] = states, F.embedding(index, outputs.flatten(1)).view(len(index), len(states), -1)  # (3n, states, d)
+            rows, difference = gather_rows(outputs.flatten(1), index, pairs)
+            branches[m] = states, rows.view(len(rows), len(states), -1)
+            if difference is not None:
+                differences[m] = states, difference.view(len(difference), len(states), -1)
         output = StepOutput({}, {}, {})
         for view in views:
-            mean = self._mean(view, branches)
-            rows = gather.split(mean[: len(gather.users)], mean[len(gather.users) :])
+            users, items = self._mean(view, branches).split([len(gather.users), len(gather.items)])
+            done = gather.rows(users, items, self._mean(view, differences) if differences else None)
             if view in ranking_views:
-                output.ranking[view] = margin(*rows[0])
+                output.ranking[view] = done.ranking_margin()
             if view in distillation_views:
-                output.distillation[view] = margin(*rows[1])
+                output.distillation[view] = done.distillation_margin()
             if view == self.joint:
-                output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[view], *rows[0]))
+                output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[view], *done[:3]))
         return output
 
     def _mean(self, view: View, branches: Mapping[str, tuple[list[bool], Tensor]]) -> Tensor:

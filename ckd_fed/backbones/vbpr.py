@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Backbone, Embeddings, Gather, Pass, RankingBatch, StepOutput, Triples, View, margin
+from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.gather import Gather
 from ckd_fed.data.interactions import Interactions
 
 
@@ -105,12 +106,13 @@ class VBPR(Backbone):
         ranking_rows: list[tuple[Tensor, Tensor, Tensor]] = []  # the ranking batch's rows, block by block
         margins: list[dict[str | None, Tensor]] = [{}, {}]  # of each batch, block by block
         for block in (None, *self.modalities):
-            users = F.embedding(gather.users, self.user_embedding if block is None else self.preference[block])  # (n, d)
-            items = F.embedding(gather.items, self.item_embedding) if block is None else self._project(block, gather.items)  # (2n, d)
-            rows = gather.split(users, items)
-            ranking_rows.append(rows[0])
-            for of_batch, batch in zip(margins, rows, strict=False):
-                of_batch[block] = margin(*batch)
+            users = gather.of_users(self.user_embedding if block is None else self.preference[block])
+            items, difference = gather.of_items(self.item_embedding) if block is None else self._projected(block, gather)
+            rows = gather.rows(users, items, difference)
+            ranking_rows.append(rows[:3])
+            margins[0][block] = rows.ranking_margin()
+            if distillation is not None:
+                margins[1][block] = rows.distillation_margin()
 
         def of_view(view: View, blocks: dict[str | None, Tensor]) -> Tensor:
             return sum((blocks[m] for m in self.modalities if m in view), blocks[None])
@@ -125,9 +127,12 @@ class VBPR(Backbone):
         output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[self.joint], user, first, second))
         return output
 
-    def _project(self, modality: str, items: Tensor) -> Tensor:
-        """Projected features of some items, ``(len(items), d)``: of the rows asked for or of the catalogue, whichever is fewer."""
+    def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, Tensor | None]:
+        """As ``gather.of_items`` of the projected features: of the rows asked for or of the catalogue, whichever is fewer."""
         features, linear = self.features(modality), self.projection[modality]
-        if len(items) < self.n_items:
-            return linear(F.embedding(items, features))
-        return F.embedding(items, linear(features))
+        pairs = gather.pairs or ()
+        if len(gather.items) + sum(map(len, pairs)) >= self.n_items:
+            return gather.of_items(linear(features))
+        rows = linear(F.embedding(torch.cat([gather.items, *pairs]), features))
+        ranking, *others = rows.split([len(gather.items), *map(len, pairs)])
+        return ranking, others[0] - others[1] if others else None

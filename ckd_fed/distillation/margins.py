@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ckd_fed.backbones.base import Embeddings
+from ckd_fed.backbones.gather import differences
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.objective import TeacherMargins
 
@@ -40,7 +42,7 @@ def margin_sheet(teacher: Embeddings, steps: Sequence[StepTriples], dtype: np.dt
     sheet = np.empty((len(steps), steps[0].ranking.shape[1] + steps[0].distillation.shape[1]), dtype=dtype)
     for row, triples in zip(sheet, steps, strict=True):
         users, first, second = torch.from_numpy(np.concatenate([triples.ranking, triples.distillation], axis=1)).long().to(device)
-        margin = (teacher.users[users] * (teacher.items[first] - teacher.items[second])).sum(-1)
+        margin = (F.embedding(users, teacher.users) * differences(teacher.items, (first, second))).sum(-1)
         row[:] = margin.clamp(-limit, limit).cpu().numpy()
     return sheet
 

@@ -14,6 +14,7 @@ from ckd_fed.data.missing import hide
 from ckd_fed.data.triples import TripleStream, derive_key
 from ckd_fed.distillation.objective import DistillationObjective
 from ckd_fed.errors import ConfigError
+from ckd_fed.training.allocator import keep_freed_memory
 from ckd_fed.training.balancing import build_balancing
 from ckd_fed.training.fit import Fit
 from ckd_fed.training.trainer import Trainer
@@ -61,6 +62,7 @@ def build_trainer(
         device: where to train.
         share: (w, W), this worker's share of the steps.
     """
+    keep_freed_memory()
     device = device or choose_device(config.training.device)
     dataset = hide(dataset, config.data.hidden_shares, config.seed)
     features = {m: dense_features(dataset, m) for m in dataset.modalities}

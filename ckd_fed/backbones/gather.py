@@ -1,0 +1,131 @@
+"""The rows of tables that a step's two batches need, and the margins that are made of them.
+
+The distillation batch needs differences of item rows and not the rows: they are taken by one kernel, and the gradient of all that is
+gathered from a table is added up in one table of zeros. On a CPU a gather with its backward costs half of what torch's own
+operations take, of which each lays out rows and fills a table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ckd_fed.backbones.base import Triples
+
+Pairs = tuple[Tensor, Tensor]
+
+
+class Rows(NamedTuple):
+    """What the margins of one view, or of one block of it, are made of.
+
+    Attributes:
+        users, first, second: of the ranking batch, ``(B, d)`` each.
+        distillation_users: of the distillation batch, ``(K, d)``; None without one.
+        difference: first minus second items of the distillation batch, ``(K, d)``; None without one.
+    """
+
+    users: Tensor
+    first: Tensor
+    second: Tensor
+    distillation_users: Tensor | None
+    difference: Tensor | None
+
+    def ranking_margin(self) -> Tensor:
+        """s(u,i) - s(u,j), ``(B,)``."""
+        return margin(self.users, self.first, self.second)
+
+    def distillation_margin(self) -> Tensor:
+        """s(u,j) - s(u,k), ``(K,)``.
+
+        Raises:
+            ValueError: there is no distillation batch.
+        """
+        if self.distillation_users is None or self.difference is None:
+            raise ValueError("there is no distillation batch")
+        return (self.distillation_users * self.difference).sum(-1)
+
+
+class Gather:
+    """Both batches of a step as one gather a table.
+
+    Args:
+        ranking: the ranking batch, B triples.
+        distillation: the distillation batch, K triples, or None.
+
+    Attributes:
+        users: ``(B + K,)``.
+        items: of the ranking batch, ``(2B,)``: first items, then second ones.
+        pairs: items of the distillation batch, ``(K,)`` each; None without one.
+    """
+
+    def __init__(self, ranking: Triples, distillation: Triples | None) -> None:
+        batches = [ranking] if distillation is None else [ranking, distillation]
+        self._sizes = [len(batch) for batch in batches]
+        self.users = torch.cat([batch.users for batch in batches])
+        self.items = torch.cat([ranking.first, ranking.second])
+        self.pairs: Pairs | None = None if distillation is None else (distillation.first, distillation.second)
+
+    def of_users(self, table: Tensor) -> Tensor:
+        """Rows of both batches, ``(B + K, d)``."""
+        return gather_rows(table, self.users)[0]
+
+    def of_items(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows of the ranking batch, ``(2B, d)``, and differences of the distillation batch, ``(K, d)``."""
+        return gather_rows(table, self.items, self.pairs)
+
+    def rows(self, users: Tensor, items: Tensor, difference: Tensor | None) -> Rows:
+        """What :meth:`of_users` and :meth:`of_items` gave, put together."""
+        # split, not slices: its backward is one concatenation, where every slice would fill a table of zeros
+        by_user, (first, second) = users.split(self._sizes), items.split(self._sizes[0])
+        return Rows(by_user[0], first, second, by_user[1] if len(by_user) > 1 else None, difference)
+
+
+def gather_rows(table: Tensor, index: Tensor, pairs: Pairs | None = None) -> tuple[Tensor, Tensor | None]:
+    """``table[index]``, and ``table[pairs[0]] - table[pairs[1]]`` where pairs are given; ``(n, d)`` each."""
+    if table.device.type == "cpu":
+        rows, difference = _Gather.apply(table, index, *(pairs or (None, None)))
+        return rows, difference
+    rows = F.embedding(index, table)
+    return rows, None if pairs is None else F.embedding(pairs[0], table) - F.embedding(pairs[1], table)
+
+
+def differences(table: Tensor, pairs: Pairs) -> Tensor:
+    """``table[pairs[0]] - table[pairs[1]]`` without gradient, ``(n, d)``."""
+    if table.device.type != "cpu":
+        return table[pairs[0]] - table[pairs[1]]
+    # A bag of the two rows with weights 1 and -1: the same bits, and neither row is laid out.
+    signs = torch.tensor([1.0, -1.0], dtype=table.dtype).repeat(len(pairs[0]), 1)
+    return F.embedding_bag(torch.stack(pairs, dim=1), table.detach(), mode="sum", per_sample_weights=signs)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(index, first, second)
+        ctx.shape = table.shape
+        return F.embedding(index, table), None if first is None or second is None else differences(table, (first, second))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, rows: Tensor | None, difference: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        index, first, second = ctx.saved_tensors
+        given = rows if rows is not None else difference
+        if given is None:
+            return None, None, None, None
+        gradient = given.new_zeros(ctx.shape)
+        if rows is not None:
+            gradient.index_add_(0, index, rows)
+        if difference is not None:
+            gradient.index_add_(0, first, difference)
+            gradient.index_add_(0, second, difference, alpha=-1)
+        return gradient, None, None, None
+
+
+def margin(users: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """s(u, first) - s(u, second) from rows ``(n, d)``, shape ``(n,)``."""
+    return (users * (first - second)).sum(-1)

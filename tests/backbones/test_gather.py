@@ -1,0 +1,71 @@
+"""Rows and differences gathered from a table, and their gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ckd_fed.backbones.base import Triples
+from ckd_fed.backbones.gather import Gather, differences, gather_rows, margin
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_plain_indexing_with_repeated_rows(generator, dtype):
+    table = torch.randn(7, 3, dtype=dtype, generator=generator, requires_grad=True)
+    index = torch.tensor([0, 3, 3, 6])
+    pairs = (torch.tensor([1, 1, 5, 2, 3]), torch.tensor([2, 2, 5, 1, 0]))  # one pair is of one item with itself
+    rows, difference = gather_rows(table, index, pairs)
+    assert torch.equal(rows, table[index])
+    assert torch.equal(difference, table[pairs[0]] - table[pairs[1]])  # the same bits
+    weights = [torch.randn(x.shape, dtype=dtype, generator=generator) for x in (rows, difference)]
+    ours = torch.autograd.grad((rows * weights[0]).sum() + (difference * weights[1]).sum(), table)[0]
+    theirs = torch.autograd.grad((table[index] * weights[0]).sum() + ((table[pairs[0]] - table[pairs[1]]) * weights[1]).sum(), table)[0]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_gradient_of_either_output_alone(generator):
+    table = torch.randn(5, 2, generator=generator, requires_grad=True)
+    index, pairs = torch.tensor([4, 4]), (torch.tensor([0]), torch.tensor([1]))
+    rows, difference = gather_rows(table, index, pairs)
+    alone = [torch.autograd.grad(output.sum(), table, retain_graph=True)[0] for output in (rows, difference)]
+    torch.testing.assert_close(alone[0], torch.tensor([[0.0, 0], [0, 0], [0, 0], [0, 0], [2, 2]]))
+    torch.testing.assert_close(alone[1], torch.tensor([[1.0, 1], [-1, -1], [0, 0], [0, 0], [0, 0]]))
+
+
+def test_gradcheck(generator):
+    table = torch.randn(6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    index, pairs = torch.tensor([0, 0, 5]), (torch.tensor([1, 2]), torch.tensor([2, 2]))
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, index, pairs), (table,))
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, index)[0], (table,))
+
+
+def test_margins_of_both_batches(generator):
+    users, items = (torch.randn(n, 4, generator=generator) for n in (5, 8))
+    ranking = Triples(torch.tensor([0, 2, 4]), torch.tensor([1, 1, 7]), torch.tensor([0, 3, 2]))
+    distillation = Triples(torch.tensor([4, 4]), torch.tensor([6, 0]), torch.tensor([6, 5]))
+    gather = Gather(ranking, distillation)
+    rows = gather.rows(gather.of_users(users), *gather.of_items(items))
+    for found, batch in ((rows.ranking_margin(), ranking), (rows.distillation_margin(), distillation)):
+        scores = users @ items.T
+        torch.testing.assert_close(found, scores[batch.users, batch.first] - scores[batch.users, batch.second])
+    assert torch.equal(rows.ranking_margin(), margin(rows.users, rows.first, rows.second))
+
+
+def test_without_a_distillation_batch_there_is_no_such_margin(generator):
+    table = torch.randn(5, 4, generator=generator)
+    gather = Gather(Triples(*torch.tensor([[0, 1], [2, 3], [4, 0]])), None)
+    rows = gather.rows(gather.of_users(table), *gather.of_items(table))
+    assert rows.difference is None
+    assert rows.ranking_margin().shape == (2,)
+    with pytest.raises(ValueError, match="no distillation batch"):
+        rows.distillation_margin()
+
+
+def test_differences_need_no_gradient(generator):
+    table = torch.randn(5, 4, generator=generator, requires_grad=True)
+    assert not differences(table, (torch.tensor([0]), torch.tensor([1]))).requires_grad
+    assert torch.equal(F.embedding(torch.tensor([3]), table) - table[2], differences(table, (torch.tensor([3]), torch.tensor([2]))))
