@@ -11,10 +11,10 @@ import resource, torch
 from ckd_fed.training.allocator import keep_freed_memory
 keep_freed_memory()
 size = 1 << 21  # 8 MB of float32
-for _ in range(3):
+for _ in range(20):
     torch.ones(size)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+for _ in range(100):
     torch.ones(size)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
