@@ -195,8 +195,9 @@ def test_over_users(results: Results, cache: Path, dataset: str, backbone: str) 
             paths = [cached(cache, key, name, "npz") for name in (student, model)]
             if all(path.is_file() for path in paths):
                 with np.load(paths[0]) as ours, np.load(paths[1]) as theirs:
-                    sides.append((ours[of], theirs[ranking]))
-                seeds.append(row["seed"])
+                    if of in ours:
+                        sides.append((ours[of], theirs[ranking]))
+                        seeds.append(row["seed"])
         if not seeds:
             continue
         by_user = np.asarray(sides, dtype=np.float64).mean(axis=0)  # (2, users)

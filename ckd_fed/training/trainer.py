@@ -17,7 +17,7 @@ from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
 from ckd_fed.distillation.margins import teacher_margins
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput
 from ckd_fed.errors import TrainingError
-from ckd_fed.evaluation.calibration import calibrate, calibration_views, combine, view_name
+from ckd_fed.evaluation.calibration import Calibration, calibrate, calibration_views, combine, view_name
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.training.balancing import Balancing
@@ -133,6 +133,9 @@ class Trainer:
     def read_out(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> tuple[RankingMetrics, Values]:
         """As :meth:`diagnose`, and ranked by the calibrated sum of the views as ``calibrated/<metric>``.
 
+        The fit goes by likelihood. Where the ranking that it gives has a lower Recall@20 on validation than the best single view, that
+        view is ranked by instead, so that calibration never chooses what validation speaks against.
+
         Returns:
             The metrics; and what was chosen on validation: ``readout/weight/<view>``, the fitted weights of the views (``joint``,
             ``only m``), and ``readout/val/<view>``, the validation Recall@20 of each and of ``calibrated``.
@@ -141,12 +144,16 @@ class Trainer:
         metrics = self.diagnose(held_out, share)
         tables = self.embeddings(calibration_views(backbone))
         fit = calibrate(tables, train, val)
+        recalls = {view: evaluate(table, train, val, self.ks).compute().get(METRIC, 0.0) for view, table in tables.items()}
+        best = max(recalls, key=recalls.__getitem__)
         calibrated = combine(tables, fit.weights)
+        reached = evaluate(calibrated, train, val, self.ks).compute().get(METRIC, 0.0)
+        if reached < recalls[best]:
+            fit, calibrated, reached = Calibration({best: 1.0}, fit.log_likelihood), tables[best], recalls[best]
         metrics.add("calibrated/", evaluate(calibrated, train, held_out, self.ks, share))
-        ranked = {view_name(backbone, view): table for view, table in tables.items()} | {"calibrated": calibrated}
         chosen = {f"readout/weight/{name}": weight for name, weight in fit.named(backbone).items()}
-        chosen.update({f"readout/val/{name}": evaluate(table, train, val, self.ks).compute().get(METRIC, 0.0) for name, table in ranked.items()})
-        return metrics, chosen
+        chosen.update({f"readout/val/{view_name(backbone, view)}": recall for view, recall in recalls.items()})
+        return metrics, {**chosen, "readout/val/calibrated": reached}
 
     def embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """Detached tables of some views, for ranking."""

@@ -15,8 +15,11 @@ from ckd_fed.data.triples import TripleStream
 from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.distillation.objective import DistillationObjective
 from ckd_fed.errors import TrainingError
+from ckd_fed.evaluation.calibration import Calibration, combine
 from ckd_fed.evaluation.metrics import RankingMetrics
+from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.training import fit as fit_module
+from ckd_fed.training import trainer as trainer_module
 from ckd_fed.training.fit import Fit, mean_values
 from ckd_fed.training.trainer import Trainer
 
@@ -369,3 +372,21 @@ def test_learns_a_toy_with_an_obvious_answer(toy, name):
     if name != "bm3":  # its views are all the joint one
         assert values["only/a/recall@10"] > 0.4
         assert values["only/b/recall@10"] > 0.4
+
+
+def test_calibration_never_chooses_what_validation_speaks_against(make_dataset, monkeypatch):
+    """A fit that turns every ranking upside down is dropped for the view that is best on validation."""
+    problem = make_dataset(n_users=40, n_items=200, n_modalities=3)
+    backbone = build_backbone("vbpr", problem.train, problem.features, {"embedding_dim": 4}, seed=1)
+    trainer = Trainer(backbone, problem, TripleStream(problem.train, problem.fingerprint, 3, B, 0), learning_rate=5e-3, ks=KS)
+    joint = backbone.joint
+    monkeypatch.setattr(trainer_module, "calibrate", lambda *_: Calibration({joint: -1.0}, -1.0))
+    metrics, chosen = trainer.read_out(problem.test)
+    recalls = {name.removeprefix("readout/val/"): value for name, value in chosen.items() if name.startswith("readout/val/")}
+    calibrated = recalls.pop("calibrated")
+    upside_down = combine(trainer.embeddings([joint]), {joint: -1.0})
+    assert evaluate(upside_down, problem.train, problem.val, KS).compute()["recall@20"] < max(recalls.values()) == calibrated
+    best = max(recalls, key=recalls.__getitem__)
+    assert {name: value for name, value in chosen.items() if name.startswith("readout/weight/")} == {f"readout/weight/{best}": 1.0}
+    view = "" if best == "joint" else f"only/{best.removeprefix('only ')}/"
+    assert metrics.compute()["calibrated/ndcg@20"] == metrics.compute()[f"{view}ndcg@20"]

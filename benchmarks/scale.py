@@ -1,0 +1,117 @@
+"""Memory and time as users, items and interactions grow, each size in a process of its own.
+
+    python benchmarks/scale.py --backbones vbpr freedom --threads 2
+    python benchmarks/scale.py --quick
+
+Measured on made-up data: building, a distillation step (the teachers' margins included), triples a second, an evaluation (on a sample
+of users, scaled to all of them), the peak of resident memory; computed: what the parameters with Adam's state and gradients take, and what a stretch
+of margins takes on the wire. A size whose child dies of memory stands as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from made_up import made_up
+
+from ckd_fed.backbones.base import Embeddings
+from ckd_fed.config import resolve
+from ckd_fed.distillation.margins import margin_sheet
+from ckd_fed.training.build import build_trainer
+
+SIZES = ((20_000, 7_000, 120_000), (100_000, 50_000, 1_000_000), (500_000, 150_000, 5_000_000), (2_000_000, 500_000, 20_000_000))
+QUICK = ((2_000, 700, 12_000), (4_000, 1_400, 24_000))
+WIDTHS = {"image": 128, "text": 64}
+SAMPLE = 2_000  # users of an evaluation
+MB = 1 << 20
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process (Linux)."""
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def child(backbone: str, n_users: int, n_items: int, n_train: int, threads: int, steps: int) -> dict[str, float]:
+    dataset = made_up(n_users, n_items, n_train, WIDTHS)
+    after_data = peak_mb()
+    config = resolve({"backbone": backbone, "training.threads": threads, "training.device": "cpu", "distillation.rho": 1.0}, {})
+    started = time.perf_counter()
+    trainer = build_trainer(config, dataset, "student", distilled=True)
+    built = time.perf_counter() - started
+    generator = torch.Generator().manual_seed(0)
+    teacher = Embeddings(*(torch.randn(n, 64, generator=generator) for n in (n_users, n_items)))
+
+    def step(number: int) -> None:
+        triples = [trainer.stream.step(0, number)]
+        sheet = margin_sheet(teacher, triples, np.dtype(np.float16))
+        trainer.train_epoch(0, dict.fromkeys(dataset.modalities, sheet), triples)
+
+    step(0)
+    started = time.perf_counter()
+    for number in range(1, steps + 1):
+        step(number)
+    seconds = (time.perf_counter() - started) / steps
+    started = time.perf_counter()
+    drawn = [trainer.stream.step(0, number) for number in range(20)]
+    margins = drawn[0].ranking.shape[1] + drawn[0].distillation.shape[1]
+    rate = len(drawn) * margins / (time.perf_counter() - started)
+    n_test = len(dataset.test.users)
+    share = max(1, n_test // SAMPLE)
+    started = time.perf_counter()
+    trainer.rank(dataset.test, share=(0, share))
+    evaluated = (time.perf_counter() - started) * share
+    parameters = sum(parameter.numel() for parameter in trainer.backbone.parameters())
+    return {
+        "data_mb": after_data,
+        "build_s": built,
+        "step_ms": 1000 * seconds,
+        "epoch_s": seconds * trainer.stream.steps_per_epoch,
+        "triples_per_s": rate,
+        "evaluation_s": evaluated,
+        "state_mb": 4 * 4 * parameters / MB,
+        "stretch_mb": config.training.validate_every * trainer.stream.steps_per_epoch * margins * 2 / MB,
+        "peak_mb": peak_mb(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", default=["vbpr", "freedom"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many of the sizes, smallest first")
+    parser.add_argument("--quick", action="store_true", help="two small sizes: does it run?")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        backbone, *size = arguments.child
+        print(json.dumps(child(backbone, *map(int, size), arguments.threads, arguments.steps)))  # type: ignore[call-arg]
+        return
+    print(f"features {', '.join(f'{m} {width}-d' for m, width in WIDTHS.items())}; {arguments.threads} CPU thread(s), torch {torch.__version__}\n")
+    print("| backbone | users | items | training interactions | build, s | step, ms | epoch, min | million triples/s | evaluation, min ", end="")
+    print("| parameters, gradients and Adam, MB | margins of 5 epochs and one modality, MB | peak memory, MB (after the data) |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for backbone in arguments.backbones:
+        for size in QUICK if arguments.quick else SIZES[: arguments.sizes]:
+            options = ["--threads", str(arguments.threads), "--steps", str(arguments.steps)]
+            done = subprocess.run([sys.executable, __file__, "--child", backbone, *map(str, size), *options], capture_output=True, text=True)
+            shown = f"| {backbone} | " + " | ".join(f"{n:,}" for n in size)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]
+                print(f"{shown} | failed: {reason} |" + " |" * 7, flush=True)
+                continue
+            row = json.loads(done.stdout.splitlines()[-1])
+            print(f"{shown} | {row['build_s']:.1f} | {row['step_ms']:.0f} | {row['epoch_s'] / 60:.1f} | {row['triples_per_s'] / 1e6:.1f} ", end="")
+            print(f"| {row['evaluation_s'] / 60:.1f} | {row['state_mb']:.0f} | {row['stretch_mb']:.0f} ", end="")
+            print(f"| {row['peak_mb']:.0f} ({row['data_mb']:.0f}) |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
