@@ -50,7 +50,7 @@ class Branch(nn.Module):
             ``(n_users + n_items, variants, d)``.
         """
         n, variants, dim = x.shape
-        shared = id_embedding.repeat_interleave(variants, dim=0)
+        shared = id_embedding.unsqueeze(1).expand(-1, variants, -1).reshape(-1, dim)
         x = x.reshape(-1, dim)
         for conv, linear, gate in zip(self.conv, self.linear, self.gate, strict=True):
             # In place only on tensors of their own: on a view, autograd would copy the whole of it in the backward.
