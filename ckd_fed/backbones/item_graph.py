@@ -111,16 +111,21 @@ def nearest(x: Tensor, k: int) -> Neighbours:
     unit = F.normalize(x, dim=-1, eps=_TINY)
     k = min(k, len(x))
     with torch.no_grad():
-        blocks = unit.detach().split(max(1, _BLOCK // max(1, len(x))))
-        tops = [torch.topk(block @ unit.detach().T, k) for block in blocks]
-        index = torch.cat([top.indices for top in tops])
+        everything = unit.detach()
+        rows = min(max(1, _BLOCK // max(1, len(x))), max(1, len(x)))
+        # All written in place: small results kept between large temporaries leave holes that nothing large fits into, and memory grew to
+        # that of all similarities.
+        similarity = everything.new_empty(rows, len(x))
+        weight, index = everything.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.long, device=x.device)
+        for start in range(0, len(x), rows):
+            block = everything[start : start + rows]
+            at = slice(start, start + len(block))
+            torch.topk(torch.mm(block, everything.T, out=similarity[: len(block)]), k, out=(weight[at], index[at]))
         empty = (x.detach().norm(dim=-1) < _TINY).unsqueeze(1)  # (n, 1)
         alone = F.one_hot(torch.zeros(1, dtype=torch.long, device=x.device), k).to(x.dtype)  # (1, k): itself once, then nothing
         index = torch.where(empty, torch.arange(len(x), device=x.device).unsqueeze(1), index)
     if x.requires_grad and torch.is_grad_enabled():
         weight = torch.einsum("nd,nkd->nk", unit, F.embedding(index, unit))
-    else:
-        weight = torch.cat([top.values for top in tops])
     return Neighbours(index, torch.where(empty, alone, weight))
 
 

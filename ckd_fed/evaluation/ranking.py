@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ckd_fed.backbones.base import Embeddings
@@ -77,15 +78,22 @@ def score_blocks(
 
     Yields:
         users of the block ``(b,)``; the entries to mask, (row in the block, item) of every training item; and for every table the
-        scores ``(b, n_items)``, not masked yet.
+        scores ``(b, n_items)``, not masked yet and overwritten by the next block.
     """
     device = tables[0].items.device
     items = [table.items.T.contiguous() for table in tables]
-    block = max(1, _BLOCK_SCORES // train.n_items)
+    block = min(max(1, _BLOCK_SCORES // train.n_items), max(1, len(users)))
+    # Scores are written in place: small results that are kept between large temporaries leave holes that nothing large fits into, and
+    # memory would grow to that of all scores.
+    buffers = [table.items.new_empty(block, train.n_items) for table in tables]
     for start in range(0, len(users), block):
         chunk = users[start : start + block]
         index = torch.from_numpy(chunk).to(device)
-        yield chunk, entries(train, chunk, device), [table.users[index] @ transposed for table, transposed in zip(tables, items, strict=True)]
+        scores = [
+            torch.mm(F.embedding(index, table.users), transposed, out=buffer[: len(chunk)])
+            for table, transposed, buffer in zip(tables, items, buffers, strict=True)
+        ]
+        yield chunk, entries(train, chunk, device), scores
 
 
 def entries(interactions: Interactions, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
