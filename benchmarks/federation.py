@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("-c", "--config", default="", help="overrides of both sides, as for ckd-fed train")
     parser.add_argument("--quick", action="store_true", help="10 epochs")
     arguments = parser.parse_args()
-    shared = f'distillation.margin-dtype="float32" tracking.report=false tracking.wandb="disabled" {arguments.config}'
+    shared = f'distillation.margin-dtype="float32" tracking.report=false tracking.wandb="off" {arguments.config}'
     if arguments.data:
         shared += f' data.dir="{(arguments.data / arguments.dataset).resolve()}"'
     if arguments.quick:
