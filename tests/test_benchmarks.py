@@ -1,0 +1,28 @@
+"""The benchmarks run, and both sides of the speed benchmark compute the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name, *options):
+    return subprocess.run([sys.executable, str(BENCHMARKS / name), *map(str, options)], capture_output=True, text=True, check=True).stdout
+
+
+def test_speed(tmp_path):
+    printed = run("speed.py", "--quick", "--threads", 1, "--json", tmp_path / "rows.json")
+    rows = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    for backbone in ("vbpr", "mmgcn"):
+        for role in ("teacher", "plain", "distilled"):
+            assert rows[f"{backbone} {role} step"]["difference"] < 1e-5
+        assert rows[f"{backbone} evaluation, joint"]["difference"] < 1e-6  # Recall@20 by either way of ranking
+    assert all(f"| {case} |" in printed for case in rows)
+
+
+def test_scale():
+    rows = [line for line in run("scale.py", "--quick", "--threads", 1, "--steps", 1).splitlines() if line.startswith(("| vbpr", "| freedom"))]
+    assert len(rows) == 4
+    assert not any("failed" in row for row in rows)
