@@ -15,11 +15,11 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from made_up import made_up
+from memory import peak_mb
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.config import resolve
@@ -31,11 +31,6 @@ QUICK = ((2_000, 700, 12_000), (4_000, 1_400, 24_000))
 WIDTHS = {"image": 128, "text": 64}
 SAMPLE = 2_000  # users of an evaluation
 MB = 1 << 20
-
-
-def peak_mb() -> float:
-    """Peak resident memory of this process (Linux)."""
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def child(backbone: str, n_users: int, n_items: int, n_train: int, threads: int, steps: int) -> dict[str, float]:

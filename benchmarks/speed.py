@@ -27,6 +27,7 @@ import naive
 import numpy as np
 import torch
 from made_up import BABY, made_up
+from memory import peak_mb
 from torch import Tensor
 
 from ckd_fed.backbones.base import Embeddings, Triples
@@ -189,9 +190,7 @@ def child(case: Case, side: str) -> None:
     (case.train_ours if side == "ours" else case.train_naive)(3)
     if side == "ours":
         case.ours.diagnose(case.dataset.val)
-    # Not getrusage: its maximum goes back to the process that this one was forked from.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(int(peak.split()[1]) / 1024)
+    print(peak_mb())
 
 
 def profile(case: Case, steps: int) -> None:

@@ -104,25 +104,26 @@ class VBPR(Backbone):
         """One gather per table over both batches, then block margins; see the class docstring."""
         gather = Gather(ranking, distillation)
         ranking_rows: list[tuple[Tensor, Tensor, Tensor]] = []  # the ranking batch's rows, block by block
-        margins: list[dict[str | None, Tensor]] = [{}, {}]  # of each batch, block by block
+        ranked: dict[str | None, Tensor] = {}  # margins of the ranking batch, block by block
+        distilled: dict[str | None, Tensor] = {}  # of the distillation batch
         for block in (None, *self.modalities):
             users = gather.of_users(self.user_embedding if block is None else self.preference[block])
             items, difference = gather.of_items(self.item_embedding) if block is None else self._projected(block, gather)
             rows = gather.rows(users, items, difference)
             ranking_rows.append(rows[:3])
-            margins[0][block] = rows.ranking_margin()
+            ranked[block] = rows.ranking_margin()
             if distillation is not None:
-                margins[1][block] = rows.distillation_margin()
+                distilled[block] = rows.distillation_margin()
 
         def of_view(view: View, blocks: dict[str | None, Tensor]) -> Tensor:
             return sum((blocks[m] for m in self.modalities if m in view), blocks[None])
 
         output = StepOutput({}, {}, {})
         for view in dict.fromkeys([self.joint, *ranking_views]):
-            output.ranking[view] = of_view(view, margins[0])
+            output.ranking[view] = of_view(view, ranked)
         if distillation is not None:
             for view in distillation_views:
-                output.distillation[view] = of_view(view, margins[1])
+                output.distillation[view] = of_view(view, distilled)
         user, first, second = (torch.cat(part, dim=1) for part in zip(*ranking_rows, strict=True))
         output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[self.joint], user, first, second))
         return output

@@ -36,7 +36,7 @@ _MORE_USERS = 16
 
 
 def mix_int(x: int) -> int:
-    """:func:`mix64` of one Python integer."""
+    """:func:`mix64` of one Python integer; an array of one would take ten times as long, and a step needs eight."""
     x &= _MASK
     x = (x ^ (x >> 30)) * int(_MIX_1) & _MASK
     x = (x ^ (x >> 27)) * int(_MIX_2) & _MASK
@@ -44,14 +44,10 @@ def mix_int(x: int) -> int:
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea, Flood 2014): a bijection of 64-bit words with full avalanche."""
-    x = x.copy()
-    _mix(x)
-    return x
+    """SplitMix64's output function (Steele, Lea, Flood 2014): a bijection of 64-bit words with full avalanche.
 
-
-def _mix(x: np.ndarray) -> None:
-    """:func:`mix64` in place: the passes over memory are what it costs."""
+    In place, and returned: passes over memory are what it costs.
+    """
     shifted = x >> np.uint64(30)
     x ^= shifted
     x *= _MIX_1
@@ -60,6 +56,7 @@ def _mix(x: np.ndarray) -> None:
     x *= _MIX_2
     np.right_shift(x, np.uint64(31), out=shifted)
     x ^= shifted
+    return x
 
 
 def derive_key(*parts: object) -> int:
@@ -70,9 +67,7 @@ def derive_key(*parts: object) -> int:
 
 def words(key: int, n: int) -> np.ndarray:
     """The first n 64-bit words under a key, shape ``(n,)`` uint64."""
-    found = (_counter if n <= _KEPT else _counter.__wrapped__)(n) + np.uint64(key)
-    _mix(found)
-    return found
+    return mix64((_counter if n <= _KEPT else _counter.__wrapped__)(n) + np.uint64(key))
 
 
 @lru_cache(maxsize=16)
