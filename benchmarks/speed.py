@@ -119,7 +119,7 @@ class Case:
         if sheets is None or self.ours.objective is None:
             ours = float(PlainObjective()(self.ours.backbone, Triples(*ranking)).loss.detach())
         else:
-            margins = teacher_margins(sheets, 0, len(ranking[0]), self.model.item_embedding)
+            margins = teacher_margins(sheets, 0, triples, self.model.item_embedding)
             ours = float(self.ours.objective(self.ours.backbone, Triples(*ranking), Triples(*pairs), margins).loss.detach())
         return abs(ours - theirs) / abs(theirs)
 

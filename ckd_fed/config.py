@@ -114,6 +114,7 @@ class EvaluationConfig:
 
     ks: str = "10,20"  # cut-offs, comma-separated; 20 must be among them, early stopping uses Recall@20
     calibrate: bool = False  # at the end, also rank by the sum of a student's views under weights fitted on validation
+    user_table: bool = True  # keep every test user's metrics, which `ckd-fed compare` pairs; in a federation nodes send them to the server
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from ckd_fed.errors import LostError, ReplyError
 
 PROTOCOL = 2
 _RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
-_KINDS = "loss|val|only|calibrated|readout|effect|effect_share|weight|specific|generic|sum"
+_KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|specific|generic|sum"
 _METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
 QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
@@ -391,10 +391,10 @@ def unpack_array(array: Array) -> np.ndarray:
     """One array from its bytes; read-only.
 
     Raises:
-        ValueError: a dtype other than float16 and float32, or a size that does not fit the shape.
+        ValueError: a dtype other than float16, float32 and int32, or a size that does not fit the shape.
     """
-    if array.stype != "raw" or array.dtype not in ("<f2", "<f4"):
-        raise ValueError(f"it is {array.dtype!r} stored as {array.stype!r}; raw float16 or float32 is needed")
+    if array.stype != "raw" or array.dtype not in ("<f2", "<f4", "<i4"):
+        raise ValueError(f"it is {array.dtype!r} stored as {array.stype!r}; raw float16, float32 or int32 is needed")
     shape = tuple(int(length) for length in array.shape)
     if min(shape, default=1) < 0 or math.prod(shape) * np.dtype(array.dtype).itemsize != len(array.data):
         raise ValueError(f"shape {shape} of {array.dtype} does not fit {len(array.data)} bytes")

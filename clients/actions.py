@@ -16,10 +16,10 @@ from ckd_fed.checkpoint import to_arrays, to_tensors
 from ckd_fed.data.triples import StepTriples, triples_hash
 from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.errors import CkdError, ReplyError, unknown
-from ckd_fed.evaluation.metrics import RankingMetrics
+from ckd_fed.evaluation.tested import Tested
 from ckd_fed.training.build import triple_stream
 from ckd_fed.training.fit import Fit, mean_values, validate
-from ckd_fed.training.trainer import Trainer, Values
+from ckd_fed.training.trainer import Trainer
 from ckd_fed.wire import Request, Stamp, margin_dtype, read_request, refusal, reply
 from clients.catch_up import best_of, catch_up
 from clients.node import Node
@@ -52,8 +52,9 @@ def test(request: Request, node: Node) -> Answer:
     """Test the best of a teacher (or of the plain student, read out as the configuration says)."""
     model = best_of(request, node)
     width = int(model.trainer.soft_scores().users.shape[1])
-    metrics, chosen = _diagnose(request, model.trainer, "test", (0, 1))
-    return {"width": width}, {**metrics.compute(), **chosen}, {}
+    tested = _test(request, model.trainer, request.stamp.role, (0, 1))
+    values, arrays = _by_user(request, tested)
+    return {"width": width, "n-users": tested.metrics.n_users, **values}, {**tested.metrics.compute(), **tested.chosen}, arrays
 
 
 def score(request: Request, node: Node) -> Answer:
@@ -73,10 +74,12 @@ def score(request: Request, node: Node) -> Answer:
     ledger = node.ledger(run, role)
     new = ledger.admit(agreement, first, epochs, per_epoch)
     teacher, dtype, bound = model.trainer.soft_scores(), margin_dtype(config), config.distillation.margin_bound
+    (modality,) = model.trainer.dataset.modalities
+    mask = model.trainer.dataset.masks.get(modality)
     sheets, hashes = {}, []
     for worker in range(workers):
         steps = [step for epoch in range(first, first + epochs) for step in stream.epoch(epoch, (worker, workers))]
-        sheets[f"margins/{worker}"] = margin_sheet(teacher, steps, dtype, bound)
+        sheets[f"margins/{worker}"] = margin_sheet(teacher, steps, dtype, bound, mask)
         hashes.append(triples_hash(steps))
     ledger.note(round=request.stamp.round, from_epoch=first, epochs=epochs, margins=sum(s.size for s in sheets.values()), new=new, triples=hashes)
     return {"hashes": hashes}, {}, sheets
@@ -121,16 +124,27 @@ def evaluate(request: Request, node: Node) -> Answer:
     model, state = node.fit(request.stamp.run, request.stamp.role, (worker, workers), exact=False)
     model.trainer.restore(to_tensors(request.arrays, "weights/"))
     node.keep(request.stamp.run, request.stamp.role, model, state)
-    metrics, chosen = _diagnose(request, model.trainer, str(request.values["split"]), (worker, workers))
-    return {"n-users": metrics.n_users}, {**{f"sum/{name}": total for name, total in metrics.sums.items()}, **chosen}, {}
+    if request.values["split"] == "val":
+        metrics = model.trainer.diagnose(model.trainer.dataset.val, (worker, workers))
+        return {"n-users": metrics.n_users}, {f"sum/{name}": total for name, total in metrics.sums.items()}, {}
+    tested = _test(request, model.trainer, "student", (worker, workers))
+    values, arrays = _by_user(request, tested)
+    sums = {f"sum/{name}": total for name, total in tested.metrics.sums.items()}
+    return {"n-users": tested.metrics.n_users, **values}, {**sums, **tested.chosen}, arrays
 
 
-def _diagnose(request: Request, trainer: Trainer, split: str, share: tuple[int, int]) -> tuple[RankingMetrics, Values]:
-    """Metrics of every view; on test, a student's calibrated ones too if they are asked for (every worker fits the same weights)."""
-    held_out = {"val": trainer.dataset.val, "test": trainer.dataset.test}[split]
-    if split == "test" and request.config.evaluation.calibrate and not request.stamp.role.startswith("teacher/"):
-        return trainer.read_out(held_out, share)
-    return trainer.diagnose(held_out, share), {}
+def _test(request: Request, trainer: Trainer, name: str, share: tuple[int, int]) -> Tested:
+    """A model's test; a student is read out too if that is asked for (every worker fits the same weights)."""
+    return trainer.test(name, share, calibrated=request.config.evaluation.calibrate and not name.startswith("teacher/"))
+
+
+def _by_user(request: Request, tested: Tested) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A test by groups, and user by user unless the run is to do without: values and arrays of the answer."""
+    values = {"groups": json.dumps(tested.by_user.groups)}
+    if not request.config.evaluation.user_table:
+        return values, {}
+    arrays = {f"user/{name}": column for name, column in tested.by_user.values.items()}
+    return values, {"users": tested.by_user.users.astype(np.int32), **arrays}
 
 
 ACTIONS: dict[str, Callable[[Request, Node], Answer]] = {

@@ -15,12 +15,13 @@ import numpy as np
 
 from ckd_fed.checkpoint import load_checkpoint, save_checkpoint
 from ckd_fed.errors import ConfigError, DataError
+from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.tracking.result import Outcome
 from ckd_fed.training.early_stopping import EarlyStopping
 from server.reweighting import RoundState
 
 FILE = "state.safetensors"
-_VERSION = 1
+_VERSION = 2
 TEACHERS, DISTILLATION, FINISHED = "teachers", "distillation", "finished"
 
 
@@ -67,6 +68,7 @@ class RunState:
         elapsed: seconds of earlier processes of this run.
         recorded: bytes of ``metrics.jsonl`` that this state accounts for.
         last, best: the student's parameters; empty before its first round.
+        tested: model -> its test by users and groups.
     """
 
     run: str
@@ -87,21 +89,25 @@ class RunState:
     recorded: int = 0
     last: dict[str, np.ndarray] = field(default_factory=dict)
     best: dict[str, np.ndarray] = field(default_factory=dict)
+    tested: dict[str, UserTest] = field(default_factory=dict)
 
 
 def save_state(directory: Path, state: RunState) -> None:
     """Write a run's state into its directory, ``checkpoints/state.safetensors``; the old one stays whole until the new one is."""
     arrays = {f"{kind}/{name}": array for kind in ("last", "best") for name, array in getattr(state, kind).items()}
+    for model, test in state.tested.items():
+        arrays.update({f"tested/{model}/{name}": array for name, array in {"users": test.users, **test.values}.items()})
     save_checkpoint(directory / "checkpoints" / FILE, arrays, {"version": _VERSION, **asdict_without_arrays(state)})
 
 
 def asdict_without_arrays(state: RunState) -> dict[str, Any]:
     """A state's JSON-able part."""
-    shallow = {name: value for name, value in vars(state).items() if name not in ("last", "best")}
+    shallow = {name: value for name, value in vars(state).items() if name not in ("last", "best", "tested")}
     shallow["stopping"] = {**asdict(state.stopping), "best": state.stopping.best if math.isfinite(state.stopping.best) else None}
     for name in ("learners", "outcomes", "reweighting"):
         shallow[name] = {str(key): asdict(value) for key, value in shallow[name].items()}
-    return {**shallow, "modalities": list(state.modalities), "totals": asdict(state.totals)}
+    groups = {model: test.groups for model, test in state.tested.items()}
+    return {**shallow, "modalities": list(state.modalities), "totals": asdict(state.totals), "groups": groups}
 
 
 def load_state(directory: Path) -> RunState:
@@ -125,9 +131,15 @@ def load_state(directory: Path) -> RunState:
         kinds: dict[str, Any] = {
             kind: {name.removeprefix(f"{kind}/"): a for name, a in arrays.items() if name.startswith(f"{kind}/")} for kind in ("last", "best")
         }
-        return RunState(**plain, **kinds)
+        tested = {model: _user_test(f"tested/{model}/", arrays, groups) for model, groups in plain.pop("groups").items()}
+        return RunState(**plain, **kinds, tested=tested)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+
+def _user_test(prefix: str, arrays: dict[str, np.ndarray], groups: list[dict[str, Any]]) -> UserTest:
+    values = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    return UserTest(values.pop("users"), values, groups)
 
 
 @contextmanager

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ckd_fed.config import Config
 from ckd_fed.errors import ReplyError
 from ckd_fed.evaluation.metrics import metric_keys
+from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.training.trainer import METRIC
 from ckd_fed.wire import Reply, margin_dtype
 
 _WIDEST = 2**16
+_SAME_MEAN = 1e-4  # float32 values against sums in float64
+_GROUP = re.compile(r"\d+(?: to \d+)? (?:items|users)")
 
 
 @dataclass(frozen=True)
@@ -49,19 +55,63 @@ def check_fit(reply: Reply, config: Config, before: int) -> FitReport:
 
 @dataclass(frozen=True)
 class TestReport:
-    """Test metrics of a teacher or of the plain student, what was chosen on validation to read it out, and the width of its tables."""
+    """Test metrics of a teacher or of the plain student, what was chosen on validation to read it out, the width of its tables, its users."""
 
     metrics: dict[str, float]
     readout: dict[str, float]
     width: int
+    by_user: UserTest
 
 
-def check_test(reply: Reply, config: Config) -> TestReport:
-    """Test metrics of a teacher or of the plain student."""
+def check_test(reply: Reply, config: Config, users: int) -> TestReport:
+    """Test metrics of a teacher or of the plain student; ``users`` is the split's number of users."""
     width = reply.integer("width", 1)
     if width > _WIDEST:
         raise ReplyError(f"{reply.stamp}: its embedding tables are {width} wide; at most {_WIDEST} is believed")
-    return TestReport(*split_readout(reply.numbers(metric_keys(config.ks))), width)
+    metrics, readout = split_readout(reply.numbers(metric_keys(config.ks)))
+    return TestReport(metrics, readout, width, check_users(reply, config, reply.stamp.role, users, metrics))
+
+
+def check_users(reply: Reply, config: Config, model: str, users: int, means: Mapping[str, float]) -> UserTest:
+    """A test by groups, and user by user where that was asked for.
+
+    Args:
+        reply: that holds it.
+        config: of the run.
+        model: the name that the groups must have.
+        users: of the split.
+        means: metric -> mean that the same reply states.
+
+    Raises:
+        ReplyError: groups that are none, users that the split does not have, values that are no shares or not those of the means.
+    """
+    n = reply.integer("n-users")
+    if n > users:
+        raise ReplyError(f"{reply.stamp}: n-users is {n}, the split has {users} users")
+    try:
+        groups = [_group(row, model) for row in json.loads(reply.text("groups"))]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ReplyError(f"{reply.stamp}: its groups of users and items cannot be read: {error}") from None
+    if not config.evaluation.user_table:
+        return UserTest(np.empty(0, dtype=np.int32), {}, groups)
+    ids = reply.array("users", (n,), np.dtype("<i4"), users - 1)
+    if n and (ids[0] < 0 or (np.diff(ids) <= 0).any()):
+        raise ReplyError(f"{reply.stamp}: its test users are not ascending ids from 0")
+    values = {}
+    for name in metric_keys(config.ks):
+        column = values[name] = reply.array(f"user/{name}", (n,), np.dtype("<f4"), 1.0)
+        if n and (column.min() < 0 or abs(float(column.mean(dtype=np.float64)) - means[name]) > _SAME_MEAN):
+            raise ReplyError(f"{reply.stamp}: its users' {name} have the mean {column.mean():g}, but it states {means[name]:g}")
+    return UserTest(ids, values, groups)
+
+
+def _group(row: Mapping[str, Any], model: str) -> dict[str, Any]:
+    n, share = int(row["n"]), float(row[METRIC])
+    if row["model"] != model or row["kind"] not in ("users", "items") or not _GROUP.fullmatch(row["group"]):
+        raise ValueError(f"{ascii(row)[:120]} is none of {model}")
+    if n < 0 or not 0 <= share <= 1:
+        raise ValueError(f"{ascii(row)[:120]} is no share of a number")
+    return {"model": model, "kind": row["kind"], "group": row["group"], "n": n, METRIC: share}
 
 
 def split_readout(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -116,7 +166,15 @@ class WorkerReport:
 
 
 def check_worker(
-    reply: Reply, config: Config, *, epoch: int, steps: int, required: Sequence[str], taught: Sequence[str], like: Mapping[str, np.ndarray] | None
+    reply: Reply,
+    config: Config,
+    *,
+    epoch: int,
+    steps: int,
+    required: Sequence[str],
+    taught: Sequence[str],
+    like: Mapping[str, np.ndarray] | None,
+    whole: bool = True,
 ) -> WorkerReport:
     """A student worker's round.
 
@@ -128,6 +186,8 @@ def check_worker(
         required: metrics that must be there.
         taught: modalities with a teacher whose effects and weights must be there.
         like: parameters whose names and shapes it must have, where known.
+        whole: every item has every modality. Otherwise a modality's mean weight is over the samples that have it, and all that the
+            weights say is that each lies where a weight can.
 
     Raises:
         ReplyError: another epoch or share, parameters or metrics that are not those of the student, effects or weights out of range.
@@ -142,21 +202,25 @@ def check_worker(
         if not 0 < metrics[f"effect/{m}"] <= 10.0 + 1e-6:
             raise ReplyError(f"{reply.stamp}: the effect of {m} is {metrics[f'effect/{m}']!r}; a causal effect lies between 1e-8 and 10")
     total = sum(metrics[f"weight/{m}"] for m in taught)
-    if abs(total - len(taught)) > 1e-3 * max(1, len(taught)):
+    for m in taught:
+        if not 0 <= metrics[f"weight/{m}"] <= len(taught) + 1e-3:
+            raise ReplyError(f"{reply.stamp}: the weight of {m} is {metrics[f'weight/{m}']!r}; a weight lies between 0 and {len(taught)}")
+    if whole and abs(total - len(taught)) > 1e-3 * max(1, len(taught)):
         raise ReplyError(f"{reply.stamp}: the weights do not sum to the number of modalities, {len(taught)}, but to {total:g}")
     return WorkerReport(reply.weights(like), metrics, samples, reply.flag("fresh-optimizer"))
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of metrics over a worker's share of the users, and what was chosen on validation to read the student out."""
+    """Sums of metrics over a worker's share of the users, what was chosen on validation to read the student out, its users on test."""
 
     sums: dict[str, float]
     readout: dict[str, float]
     n_users: int
+    by_user: UserTest | None = None
 
 
-def check_evaluation(reply: Reply, required: Sequence[str], users: int) -> Sums:
+def check_evaluation(reply: Reply, config: Config, required: Sequence[str], users: int, *, test: bool) -> Sums:
     """A worker's share of an evaluation; each of its sums is at most its number of users."""
     n = reply.integer("n-users")
     numbers, readout = split_readout(reply.numbers([f"sum/{name}" for name in required]))
@@ -166,4 +230,5 @@ def check_evaluation(reply: Reply, required: Sequence[str], users: int) -> Sums:
             raise ReplyError(f"{reply.stamp}: {name} sums to {value!r} over {n} users, a share between 0 and 1 is needed for each")
     if n > users:
         raise ReplyError(f"{reply.stamp}: n-users is {n}, the split has {users} users")
-    return Sums(sums, readout, n)
+    by_user = check_users(reply, config, "student", users, {name: value / max(1, n) for name, value in sums.items()}) if test else None
+    return Sums(sums, readout, n, by_user)

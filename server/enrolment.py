@@ -38,6 +38,11 @@ class Plan:
         """The card of the first student worker, whose split is everybody's."""
         return self.cards[self.students[0]]
 
+    @property
+    def whole(self) -> bool:
+        """Whether every item has every modality, as the student holds them."""
+        return not any(mask_of(self.card, m) for m in self.modalities)
+
     def facts(self) -> dict[str, dict[str, str]]:
         """Role -> which node plays it, on which host and device: what a run's record keeps."""
         roles = {**{f"teacher/{m}": node for m, node in self.teachers.items()}, **{f"student/{w}": node for w, node in enumerate(self.students)}}
@@ -145,6 +150,11 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
     for modality, node in teachers.items():
         if modality not in modalities:
             raise EnrolmentError(f"{full_name(node, cards[node])} enrolled for an {unknown('modality', modality, modalities)}")
+        if mask_of(cards[node], modality) != mask_of(cards[students[0]], modality):
+            raise EnrolmentError(
+                f"{full_name(node, cards[node])} and {full_name(students[0], cards[students[0]])} differ in which items have {modality}; a teacher "
+                f"is asked about those only, so give both the same {modality}_mask.npy (or none, if all items have it)"
+            )
     for node in students[1:]:
         if set(cards[node].modalities.split(",")) != set(cards[students[0]].modalities.split(",")):
             raise EnrolmentError(
@@ -222,6 +232,11 @@ def _agree(cards: Mapping[int, NodeCard]) -> None:
                 f"two nodes hold different splits: {full_name(first, card)} {card.split[:12]} ({card.dataset}), "
                 f"{full_name(node, other)} {other.split[:12]} ({other.dataset}); give both the same train.json, val.json and test.json"
             )
+
+
+def mask_of(card: NodeCard, modality: str) -> str:
+    """Fingerprint of which items have a modality, as the node holds it; empty if all have it."""
+    return str(json.loads(card.features).get(modality, "")).partition("+")[2]
 
 
 def different_features(plan: Plan) -> list[str]:

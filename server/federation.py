@@ -9,9 +9,11 @@ from functools import partial
 
 import numpy as np
 
+from ckd_fed.analysis.users import user_table
 from ckd_fed.config import Config
 from ckd_fed.errors import ReplyError
 from ckd_fed.evaluation.metrics import RankingMetrics, metric_keys
+from ckd_fed.evaluation.tested import merge_shares
 from ckd_fed.tracking.record import Record
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.training.trainer import METRIC
@@ -114,12 +116,16 @@ class Federation:
             self._add(seconds, done)
             self.record.pretraining_round(state.number, reports, seconds, done.sent_bytes + _n_bytes(done))
             self.checkpoint()
-        asks = [Ask(state.number, "test", role, values=self._best(role), check=partial(check_test, config=self.config)) for role in state.learners]
+        asks = [
+            Ask(state.number, "test", role, values=self._best(role), check=partial(check_test, config=self.config, users=self.plan.card.n_users))
+            for role in state.learners
+        ]
         done = self._ask(asks) if asks else Round()
         for role, learner in state.learners.items():
             report = done.value("test", role)
             learner.width = report.width
             state.outcomes[role] = Outcome(learner.best_epoch, learner.epoch, learner.best, report.metrics, report.readout)
+            state.tested[role] = report.by_user
         state.phase = DISTILLATION
         self.checkpoint()
 
@@ -169,9 +175,14 @@ class Federation:
             self.record.distillation_round(state.number, self._against_teachers(values), self.plan.modalities)
             self.checkpoint()
             sheets = self._agreed(done, state.epoch, state.number + 1) if ahead and self.teachers else {}
-        _, tested = self._evaluate(state.best, "test")
+        done, tested = self._evaluate(state.best, "test")
         test, readout = split_readout({name.removeprefix("val/"): value for name, value in tested.items()})
         state.outcomes["student"] = Outcome(state.stopping.best_epoch, state.epoch, state.stopping.best, test, readout)
+        shares = [done.value("evaluate", f"student/{worker}").by_user for worker in range(state.workers)]
+        state.tested["student"] = merge_shares(shares)
+        if config.evaluation.user_table:
+            self.record.users(user_table(self.plan.card.split, state.tested))
+        self.record.groups([row for by_user in state.tested.values() for row in by_user.groups])
 
     def _stretch(self, epoch: int) -> int:
         """Epochs of the round that starts at an epoch: up to the next validation, or the last epoch."""
@@ -233,6 +244,7 @@ class Federation:
                 required=required,
                 taught=weighed,
                 like=state.last or None,
+                whole=self.plan.whole and not self.config.data.hidden_shares,
             )
             asks.append(Ask(state.number + 1, "distil", f"student/{worker}", arrays, values, check))
         return asks
@@ -262,7 +274,7 @@ class Federation:
         workers = self.state.workers
         arrays = {f"weights/{name}": array for name, array in weights.items()}
         required = [*metric_keys(self.config.ks), *(f"only/{m}/{METRIC}" for m in self._weighed(self.plan.modalities))]
-        check = partial(check_evaluation, required=required, users=self.plan.card.n_users)
+        check = partial(check_evaluation, config=self.config, required=required, users=self.plan.card.n_users, test=split == "test")
         asks = [
             Ask(self.state.number, "evaluate", f"student/{worker}", arrays, {"split": split, "worker": worker, "workers": workers}, check)
             for worker in range(workers)

@@ -10,8 +10,9 @@ from scipy import stats
 
 from ckd_fed.analysis.history import RunHistory, read_history
 from ckd_fed.analysis.locate import find_run
-from ckd_fed.analysis.users import FILE, UserTable, load_users, rank_test_users
+from ckd_fed.analysis.users import FILE, UserTable, load_users, user_table
 from ckd_fed.errors import ConfigError, DataError, unknown
+from ckd_fed.evaluation.tested import rank_test_users
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Comparison:
 def read_entry(name: str) -> Entry:
     """A run's model by ``RUN`` (its student) or ``RUN:MODEL`` (for example ``mine:plain``, ``mine:teacher/text``).
 
-    A run whose ``test_users.npz`` is not there (a federated run: the server has no data) is tested anew from its best student, where its
+    A run whose ``test_users.npz`` is not there (``evaluation.user-table=false``) is tested anew from its best student, where its
     dataset is on this machine, and the file is kept.
 
     Raises:
@@ -85,7 +86,8 @@ def read_entry(name: str) -> Entry:
         from ckd_fed.analysis.student import load_student
 
         student = load_student(history)
-        table, _ = rank_test_users(student.dataset, {"student": student.tables()}, student.config.ks)
+        tested = rank_test_users("student", student.tables(), student.dataset.train, student.dataset.test, student.config.ks)
+        table = user_table(student.dataset.fingerprint, {"student": tested})
         table.save(path)
     models = sorted({key.rpartition("/")[0] for key in table.values})
     if model not in models:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ckd_fed.backbones.base import Embeddings
-from ckd_fed.data.dataset import Dataset
 from ckd_fed.errors import DataError
-from ckd_fed.evaluation.groups import group_rows
-from ckd_fed.evaluation.per_user import rank_users
+from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.home import write_atomically
 
 FILE = "test_users.npz"
@@ -59,21 +56,19 @@ def load_users(path: Path) -> UserTable:
         raise DataError(f"{path} is damaged: {error}") from None
 
 
-def rank_test_users(dataset: Dataset, models: Mapping[str, Embeddings], ks: Sequence[int]) -> tuple[UserTable, list[dict[str, Any]]]:
-    """Rank the test set for every user with each model.
+def user_table(split: str, models: Mapping[str, UserTest]) -> UserTable:
+    """One table of several models' tests of the same users.
 
     Args:
-        dataset: the split.
-        models: name -> its embeddings, joint view.
-        ks: cut-offs of the metrics; 20 among them.
+        split: its fingerprint.
+        models: name -> its test.
 
-    Returns:
-        The table of users, and the rows of :func:`~ckd_fed.evaluation.groups.group_rows` of all models.
+    Raises:
+        DataError: they were tested on different users.
     """
-    values: dict[str, np.ndarray] = {}
-    rows: list[dict[str, Any]] = []
-    for model, embeddings in models.items():
-        rankings = rank_users(embeddings, dataset.train, dataset.test, max(ks))
-        values.update({f"{model}/{metric}": column for metric, column in rankings.metrics(ks).items()})
-        rows += group_rows(model, rankings, dataset.train, dataset.test)
-    return UserTable(dataset.fingerprint, dataset.test.users, values), rows
+    (first, found), *others = models.items()
+    for name, other in others:
+        if not np.array_equal(other.users, found.users):
+            raise DataError(f"{first} and {name} were tested on different users")
+    values = {f"{model}/{metric}": column for model, tested in models.items() for metric, column in tested.values.items()}
+    return UserTable(split, found.users, values)

@@ -79,7 +79,9 @@ def _add_import(data: Subparsers, home: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=["float16", "float32"], default="", help="of the features on disk; by default as they come")
     own = command.add_argument_group("own tables")
     own.add_argument("--features", action="append", default=[], metavar="MODALITY=FILE", help="where the file name does not say the modality")
-    own.add_argument("--split", default="", metavar="RULE", help="random (per user 80/10/10; the default), leave-one-out, temporal or cold-items")
+    own.add_argument(
+        "--split", default="", metavar="RULE", help="random (per user 80/10/10; the default), leave-one-out, temporal, cold-items or warm-and-cold"
+    )
     own.add_argument("--seed", type=int, default=123, help="of the split rule (123)")
     for column in ("user", "item", "time", "split", "id"):
         table = "the feature tables" if column == "id" else "the interactions"
@@ -210,7 +212,9 @@ def _add_prepare(data: Subparsers, home: argparse.ArgumentParser) -> None:
         help="of the texts: a model of sentence-transformers (the literature's is sentence-transformers/all-MiniLM-L6-v2), or module:function",
     )
     command.add_argument("--text-vectors", default="", metavar="FILE", help="text features computed elsewhere, with ASINs for ids")
-    command.add_argument("--split", default="random", metavar="RULE", help="random (the published rule), leave-one-out, temporal or cold-items")
+    command.add_argument(
+        "--split", default="random", metavar="RULE", help="random (the published rule), leave-one-out, temporal, cold-items or warm-and-cold"
+    )
     command.add_argument("--seed", type=int, default=123, help="of the split rule (123)")
     command.add_argument("--dtype", choices=["float16", "float32"], default="", help="of the features on disk")
     command.add_argument("--replace", action="store_true", help="put it in the place of a dataset of that name")

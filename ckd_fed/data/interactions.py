@@ -65,6 +65,20 @@ class Interactions:
         """``user * n_items + item`` of every entry, ascending: membership is one binary search."""
         return self.row * self.n_items + self.items
 
+    def of_items(self, mask: np.ndarray) -> Interactions:
+        """Only those with some items; users and item ids stay as they are.
+
+        Args:
+            mask: which items, ``(n_items,)`` bool.
+        """
+        kept = mask[self.items]
+        return Interactions.from_pairs(self.row[kept], self.items[kept], self.n_users, self.n_items)
+
+    @cached_property
+    def warm(self) -> np.ndarray:
+        """Which items have an interaction, ``(n_items,)`` bool; the others are cold."""
+        return np.bincount(self.items, minlength=self.n_items) > 0
+
     def contains(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Whether each pair is an interaction; the arguments are broadcast against each other."""
         wanted = np.asarray(users, dtype=np.int64) * self.n_items + items

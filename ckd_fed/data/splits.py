@@ -13,13 +13,15 @@ from ckd_fed.data.triples import derive_key, words
 from ckd_fed.errors import DataError, unknown
 
 TRAIN, VAL, TEST = range(len(SPLITS))
-RULES = ("random", "leave-one-out", "temporal", "cold-items")
+RULES = ("random", "leave-one-out", "temporal", "cold-items", "warm-and-cold")
 DEFAULT_SEED = 123
 RULE_WORDS = {
     "random": "per user at random: a tenth, rounded down but at least one, for validation and as many for test",
     "leave-one-out": "per user the last interaction for test and the one before for validation",
     "temporal": "the last tenth in time for test and the tenth before for validation",
     "cold-items": "a tenth of the items, with all their interactions, for validation and another tenth for test",
+    "warm-and-cold": "a tenth of the items, with all their interactions, for validation and another tenth for test; of the others per user at "
+    "random a tenth, rounded down but at least one, for each",
 }
 
 
@@ -48,7 +50,12 @@ def split(rule: str, users: np.ndarray, items: np.ndarray, times: np.ndarray | N
             raise DataError("the split rule temporal needs times; name their column, or choose random or leave-one-out")
         return _temporal(times)
     if rule == "cold-items":
-        return _cold_items(items, seed)
+        return _cold_items(rule, items, seed)
+    if rule == "warm-and-cold":
+        part = _cold_items(rule, items, seed)
+        warm = part == TRAIN
+        part[warm] = _per_user("random", users[warm], items[warm], times, seed)
+        return part
     return _per_user(rule, users, items, times, seed)
 
 
@@ -82,12 +89,12 @@ def _temporal(times: np.ndarray) -> np.ndarray:
     return part
 
 
-def _cold_items(items: np.ndarray, seed: int) -> np.ndarray:
+def _cold_items(rule: str, items: np.ndarray, seed: int) -> np.ndarray:
     """The published cold-start protocol: a fifth of the items are held out, half of them for validation and half for test."""
     present = np.unique(items)
     held = len(present) // 5
     if held < 2:
-        raise DataError(f"the split rule cold-items holds out a fifth of the items, and {len(present)} items are too few for that")
+        raise DataError(f"the split rule {rule} holds out a fifth of the items, and {len(present)} items are too few for that")
     drawn = present[np.argsort(_draws("cold-items", seed, len(present)), kind="stable")]
     part_of = np.zeros(int(present[-1]) + 1, dtype=np.int64)
     part_of[drawn[: held // 2]] = TEST

@@ -35,18 +35,28 @@ def causal_effects(joint: Tensor, without: Mapping[str, Tensor], only: Mapping[s
 
 
 @torch.no_grad()
-def modality_weights(effects: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def modality_weights(effects: Mapping[str, Tensor], asked: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Weight of every modality's distillation loss on every sample: the smaller its effect, the larger its weight.
 
     ``w_m = |M| / (|M| - 1) * (1 - c_m / sum_k c_k)``
 
-    The weights of a sample sum to |M|. For two modalities this is ``2 c_other / (c_m + c_other)``.
+    The weights of a sample sum to |M|. For two modalities this is ``2 c_other / (c_m + c_other)``. M are the modalities that the
+    sample's items have: one that was not asked has weight 0 there, and one that is alone has weight 1.
 
     Args:
         effects: modality -> ``(B,)``, at least two modalities.
+        asked: modality -> which samples its teacher was asked about, ``(B,)`` bool; a modality that is not named was asked about all.
     """
     if len(effects) < 2:
         raise ValueError(f"weights need at least two modalities, got {list(effects)}")
-    total = torch.stack(list(effects.values())).sum(0)
-    scale = len(effects) / (len(effects) - 1)
-    return {modality: scale * (1 - effect / total) for modality, effect in effects.items()}
+    if not asked:
+        total = torch.stack(list(effects.values())).sum(0)
+        scale = len(effects) / (len(effects) - 1)
+        return {modality: scale * (1 - effect / total) for modality, effect in effects.items()}
+    present = torch.stack(
+        [asked[modality] if modality in asked else torch.ones_like(effect, dtype=torch.bool) for modality, effect in effects.items()]
+    )
+    counted = torch.stack(list(effects.values())) * present  # (|M|, B)
+    n = present.sum(0)
+    weights = torch.where(n > 1, n / (n - 1).clamp(min=1) * (1 - counted / counted.sum(0)), 1.0)
+    return dict(zip(effects, torch.where(present, weights, 0.0).unbind(), strict=True))

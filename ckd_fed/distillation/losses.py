@@ -22,7 +22,7 @@ def specific_loss(teacher_margin: Tensor, student_margin: Tensor) -> Tensor:
     return (teacher_margin - student_margin).clamp(min=0)
 
 
-def generic_loss(teacher_margin: Tensor, student_margin: Tensor, temperature: float) -> Tensor:
+def generic_loss(teacher_margin: Tensor, student_margin: Tensor, temperature: float, asked: Tensor | None = None) -> Tensor:
     """Cross-entropy between the teacher's and the student's pairwise preferences over random item pairs.
 
     ``p = sigmoid(d_teacher_m / t)``, ``q = sigmoid(d_only_m / t)``,
@@ -32,10 +32,12 @@ def generic_loss(teacher_margin: Tensor, student_margin: Tensor, temperature: fl
         teacher_margin: ``(K,)``, without gradient.
         student_margin: ``(K,)``.
         temperature: t > 0.
+        asked: which pairs the mean is over, ``(K,)`` bool; None for all.
 
     Returns:
-        Scalar.
+        Scalar; 0 where no pair is left.
     """
     p = (teacher_margin / temperature).sigmoid()
     q = (student_margin / temperature).sigmoid()
-    return -(p * (q + EPSILON).log() + (1 - p) * (1 - q + EPSILON).log()).mean()
+    pairs = -(p * (q + EPSILON).log() + (1 - p) * (1 - q + EPSILON).log())
+    return pairs.mean() if asked is None else (pairs * asked).sum() / asked.sum().clamp(min=1)

@@ -24,7 +24,9 @@ def largest_margin(dtype: np.dtype, bound: float) -> float:
 
 
 @torch.no_grad()
-def margin_sheet(teacher: Embeddings, steps: Sequence[StepTriples], dtype: np.dtype, bound: float = math.inf) -> np.ndarray:
+def margin_sheet(
+    teacher: Embeddings, steps: Sequence[StepTriples], dtype: np.dtype, bound: float = math.inf, mask: np.ndarray | None = None
+) -> np.ndarray:
     """A teacher's margins for the triples of some steps.
 
     Args:
@@ -32,6 +34,8 @@ def margin_sheet(teacher: Embeddings, steps: Sequence[StepTriples], dtype: np.dt
         steps: triples, in order; all of the same B and K.
         dtype: float16 (as sent by default) or float32.
         bound: margins beyond it, or beyond the range of the dtype, are clipped.
+        mask: which items the teacher's modality is known of, ``(n_items,)`` bool. It says nothing of other items: a triple with one of
+            them is left 0.
 
     Returns:
         ``(len(steps), B + K)``: ranking margins, then distillation margins.
@@ -44,13 +48,43 @@ def margin_sheet(teacher: Embeddings, steps: Sequence[StepTriples], dtype: np.dt
         users, first, second = torch.from_numpy(np.concatenate([triples.ranking, triples.distillation], axis=1)).long().to(device)
         margin = (F.embedding(users, teacher.users) * differences(teacher.items, (first, second))).sum(-1)
         row[:] = margin.clamp(-limit, limit).cpu().numpy()
+        if mask is not None:
+            for part, columns in ((triples.ranking, row[: triples.ranking.shape[1]]), (triples.distillation, row[triples.ranking.shape[1] :])):
+                columns[~asked_about(mask, part)] = 0
     return sheet
 
 
-def teacher_margins(sheets: Mapping[str, np.ndarray], row: int, batch_size: int, like: torch.Tensor) -> dict[str, TeacherMargins]:
-    """One step's rows of all teachers' sheets, as tensors of the dtype and device of ``like``."""
+def asked_about(mask: np.ndarray, triples: np.ndarray) -> np.ndarray:
+    """Which triples a teacher is asked about: those of which both items have its modality.
+
+    Args:
+        mask: which items have it, ``(n_items,)`` bool.
+        triples: ``(3, n)``: user and two items.
+
+    Returns:
+        ``(n,)`` bool.
+    """
+    return mask[triples[1]] & mask[triples[2]]
+
+
+def teacher_margins(
+    sheets: Mapping[str, np.ndarray], row: int, triples: StepTriples, like: torch.Tensor, masks: Mapping[str, np.ndarray] | None = None
+) -> dict[str, TeacherMargins]:
+    """What all teachers say of one step.
+
+    Args:
+        sheets: modality -> :func:`margin_sheet`.
+        row: of the sheets, the step's.
+        triples: of the step.
+        like: decides dtype and device.
+        masks: modality -> which items have it, ``(n_items,)`` bool; a modality that all items have is absent.
+    """
     found = {}
+    batch_size = triples.ranking.shape[1]
     for modality, sheet in sheets.items():
         margins = torch.tensor(sheet[row]).to(device=like.device, dtype=like.dtype)  # a copy: sheets from the wire are read-only
         found[modality] = TeacherMargins(margins[:batch_size], margins[batch_size:])
+        if (mask := (masks or {}).get(modality)) is not None:
+            asked = [torch.from_numpy(asked_about(mask, part)).to(like.device) for part in (triples.ranking, triples.distillation)]
+            found[modality] = TeacherMargins(margins[:batch_size], margins[batch_size:], *asked)
     return found

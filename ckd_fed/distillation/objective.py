@@ -20,10 +20,14 @@ class TeacherMargins:
     Attributes:
         ranking: margins of the ranking batch, ``(B,)``.
         distillation: margins of the distillation batch, ``(K,)``.
+        asked_ranking, asked_distillation: which triples it was asked about, ``(B,)`` and ``(K,)`` bool: those of which both items have
+            its modality. None where all items have it. Margins of the others mean nothing.
     """
 
     ranking: Tensor
     distillation: Tensor
+    asked_ranking: Tensor | None = None
+    asked_distillation: Tensor | None = None
 
 
 @dataclass
@@ -35,6 +39,15 @@ class ModalityTerms:
     generic: Tensor  # scalar
     effect: Tensor  # (B,)
     weight: Tensor  # (B,)
+    asked: Tensor | None = None  # (B,) bool; None for all
+
+    def means(self, *, counterfactual: bool) -> dict[str, Tensor]:
+        """Scalars for the log, over the samples that the teacher was asked about; with effect and weight where they mean anything."""
+        values = {"specific": self.specific, **({"effect": self.effect, "weight": self.weight} if counterfactual else {})}
+        if self.asked is None:
+            return {"generic": self.generic, **{name: value.mean() for name, value in values.items()}}
+        n = self.asked.sum().clamp(min=1)
+        return {"generic": self.generic, **{name: (value * self.asked).sum() / n for name, value in values.items()}}
 
 
 @dataclass
@@ -86,7 +99,8 @@ class DistillationObjective:
             student: the multimodal student.
             ranking: ranking batch, B triples.
             distillation: distillation batch, K triples.
-            teachers: modality -> its teacher's margins. A modality of the student without a teacher is left out of the sum.
+            teachers: modality -> its teacher's margins. A modality of the student without a teacher is left out of the sum, and so is,
+                sample by sample, one whose teacher was not asked.
         """
         only = {m: student.only(m) for m in student.modalities}
         without = {m: student.without(m) for m in student.modalities}
@@ -97,16 +111,17 @@ class DistillationObjective:
         detached = {view: margin.detach() for view, margin in margins.items()}
         effects = causal_effects(detached[student.joint], {m: detached[v] for m, v in without.items()}, {m: detached[v] for m, v in only.items()})
         if self.reweight and len(taught) > 1:
-            weights = modality_weights({m: effects[m] for m in taught})
+            asked = {m: mask for m in taught if (mask := teachers[m].asked_ranking) is not None}
+            weights = modality_weights({m: effects[m] for m in taught}, asked)
         else:
-            weights = dict.fromkeys(taught, torch.ones_like(detached[student.joint]))
+            weights = {m: _ones(detached[student.joint], teachers[m].asked_ranking) for m in taught}
 
         parts: dict[str, ModalityTerms] = {}
         per_sample = torch.zeros_like(detached[student.joint])
         for m in taught:
             h = specific_loss(teachers[m].ranking, margins[only[m]])
-            g = generic_loss(teachers[m].distillation, output.distillation[only[m]], self.temperature)
-            parts[m] = ModalityTerms(margins[only[m]], h, g, effects[m], weights[m])
+            g = generic_loss(teachers[m].distillation, output.distillation[only[m]], self.temperature, teachers[m].asked_distillation)
+            parts[m] = ModalityTerms(margins[only[m]], h, g, effects[m], weights[m], teachers[m].asked_ranking)
             if self.specific:
                 per_sample = per_sample + weights[m] * h
             if self.generic:
@@ -114,6 +129,10 @@ class DistillationObjective:
         kd = self.rho * per_sample.mean()
         terms = {**output.loss_terms, "kd": kd}
         return ObjectiveOutput(torch.stack(list(terms.values())).sum(), terms, margins[student.joint], per_sample, parts)
+
+
+def _ones(like: Tensor, asked: Tensor | None) -> Tensor:
+    return torch.ones_like(like) if asked is None else asked.to(like.dtype)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 NAMES = ("recall", "ndcg", "precision", "hit_rate", "ndcg_retrieved")
+_USERS = "users"
 
 
 @dataclass
@@ -23,7 +24,8 @@ class RankingMetrics:
 
     Attributes:
         ks: cut-offs, ascending.
-        sums: ``"recall@20"`` and the like -> sum over users.
+        sums: ``"recall@20"`` and the like -> sum over users. Those under a prefix that has a number of users of its own, ``"cold/users"``,
+            are over as many.
         n_users: users counted.
     """
 
@@ -42,9 +44,11 @@ class RankingMetrics:
             self.sums[key] = self.sums.get(key, 0.0) + float(values.sum())
         self.n_users += len(hits)
 
-    def add(self, prefix: str, other: RankingMetrics) -> None:
-        """Put another ranking's sums over the same users beside these, their names prefixed."""
+    def add(self, prefix: str, other: RankingMetrics, *, own_users: bool = False) -> None:
+        """Put another ranking's sums beside these, their names prefixed; over the same users, or over some of them (``own_users``)."""
         self.sums.update({prefix + key: value for key, value in other.sums.items()})
+        if own_users:
+            self.sums[prefix + _USERS] = float(other.n_users)
 
     def merge(self, sums: Mapping[str, float], n_users: int) -> None:
         """Add another worker's sums."""
@@ -54,7 +58,13 @@ class RankingMetrics:
 
     def compute(self) -> dict[str, float]:
         """Means over users; empty if no user was counted."""
-        return {key: value / self.n_users for key, value in self.sums.items()} if self.n_users else {}
+        found = {}
+        for key, value in self.sums.items():
+            prefix, _, name = key.rpartition("/")
+            n = self.sums.get(f"{prefix}/{_USERS}", self.n_users)
+            if n and name != _USERS:
+                found[key] = value / n
+        return found
 
 
 def user_values(hits: np.ndarray, n_relevant: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:

@@ -36,9 +36,10 @@ class UserRankings:
         return {name: values.astype(np.float32) for name, values in user_values(hits, self.n_relevant, ks).items()}
 
 
-def rank_users(embeddings: Embeddings, train: Interactions, held_out: Interactions, k: int) -> UserRankings:
-    """Rank all items for every user with held-out items; see :func:`~ckd_fed.evaluation.ranking.evaluate` for the protocol."""
-    users = held_out.users
+def rank_users(embeddings: Embeddings, train: Interactions, held_out: Interactions, k: int, share: tuple[int, int] = (0, 1)) -> UserRankings:
+    """Rank all items for every user with held-out items, or a share of them; see :func:`~ckd_fed.evaluation.ranking.evaluate`."""
+    worker, workers = share
+    users = held_out.users[worker::workers]
     blocks = [top for _, top in top_items(embeddings, train, users, k)]
     top = np.concatenate(blocks) if blocks else np.zeros((0, min(k, train.n_items)), dtype=np.int64)
     return UserRankings(users, top, held_out.contains(users[:, None], top), held_out.degree[users])

@@ -18,7 +18,12 @@ _BLOCK_SCORES = 1 << 22  # scores held at a time: 16 MB in float32
 
 
 def evaluate(
-    embeddings: Embeddings, train: Interactions, held_out: Interactions, ks: Sequence[int] = (10, 20), share: tuple[int, int] = (0, 1)
+    embeddings: Embeddings,
+    train: Interactions,
+    held_out: Interactions,
+    ks: Sequence[int] = (10, 20),
+    share: tuple[int, int] = (0, 1),
+    among: np.ndarray | None = None,
 ) -> RankingMetrics:
     """Full ranking with the users' training items masked.
 
@@ -31,15 +36,18 @@ def evaluate(
         held_out: relevant items; users without any are not counted.
         ks: cut-offs.
         share: (w, W): of the users with held-out items, count those at positions congruent to w modulo W.
+        among: the items that compete, ``(n_items,)`` bool; others are neither ranked nor relevant. None for all.
 
     Raises:
         TrainingError: an embedding is not finite.
     """
     worker, workers = share
+    if among is not None:
+        held_out = held_out.of_items(among)
     users = held_out.users[worker::workers]
     longest = min(max(ks), train.n_items)
     metrics = RankingMetrics(tuple(sorted(ks)))
-    for chunk, top in top_items(embeddings, train, users, longest):
+    for chunk, top in top_items(embeddings, train, users, longest, among):
         hits = held_out.contains(chunk[:, None], top)
         if longest < max(ks):  # fewer items than K: the list ends early
             hits = np.pad(hits, ((0, 0), (0, max(ks) - longest)))
@@ -48,7 +56,9 @@ def evaluate(
 
 
 @torch.no_grad()
-def top_items(embeddings: Embeddings, train: Interactions, users: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def top_items(
+    embeddings: Embeddings, train: Interactions, users: np.ndarray, k: int, among: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The best items of some users, block by block, training items left out.
 
     Args:
@@ -56,6 +66,7 @@ def top_items(embeddings: Embeddings, train: Interactions, users: np.ndarray, k:
         train: items to mask.
         users: ids, ``(n,)``.
         k: length of the lists, at most the number of items.
+        among: the items that compete, ``(n_items,)`` bool; None for all.
 
     Yields:
         A block's users ``(b,)`` and their items ``(b, k)``, best first; masked items come last where a user has fewer others.
@@ -66,8 +77,11 @@ def top_items(embeddings: Embeddings, train: Interactions, users: np.ndarray, k:
     for table in embeddings:
         if not torch.isfinite(table).all():
             raise TrainingError("the embeddings hold NaN or infinite values, so nothing can be ranked; lower training.learning-rate")
+    out = None if among is None else torch.from_numpy(np.flatnonzero(~among)).to(embeddings.items.device)
     for chunk, seen, (scores,) in score_blocks([embeddings], train, users):
         scores[seen] = -torch.inf
+        if out is not None:
+            scores[:, out] = -torch.inf
         yield chunk, scores.topk(min(k, train.n_items), dim=1).indices.cpu().numpy()
 
 

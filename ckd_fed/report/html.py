@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from ckd_fed.analysis.history import METRIC, RunHistory
 from ckd_fed.report.figures import Drawing
 from ckd_fed.report.words import Words
+from ckd_fed.tracking.result import OTHER_RANKINGS
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -107,8 +108,9 @@ def final_table(history: RunHistory) -> str:
             if view is not None:
                 cells = [_number(test.get(f"only/{m}/{name}")) for name in metrics]
                 rows.append(("view", [f"its {m} view", "", *cells, f"{view / teacher:.0%}" if teacher else ""]))
-        if f"calibrated/{METRIC}" in test:
-            rows.append(("view", ["its views, calibrated", "", *(_number(test.get(f"calibrated/{name}")) for name in metrics), ""]))
+        for prefix, label in OTHER_RANKINGS.items():
+            if f"{prefix}{METRIC}" in test:
+                rows.append(("view", [label, "", *(_number(test.get(f"{prefix}{name}")) for name in metrics), ""]))
     caption = "Every model on the test set, all items ranked; NDCG is the standard one. Last column: Recall@20 over that of the modality's teacher."
     return "<h2>Final table</h2>" + table(caption, ["model", "best epoch", *labels, "of its teacher"], rows)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ckd_fed.tracking.result import RunResult
+from ckd_fed.tracking.result import OTHER_RANKINGS, RunResult
 
 Values = Mapping[str, float]
 WIDTH = 118
@@ -87,7 +87,7 @@ def final_table(result: RunResult) -> str:
             label = "student (no distillation)"
         cells = [f"{outcome.test.get(column, float('nan')):.4f}" for column in columns]
         table.add_row(label, str(outcome.best_epoch), *cells, *(f"{reached[m]:.0%}" if m in reached else "" for m in diagnosed))
-        views = {f"only/{m}/": f"its {m} view" for m in result.modalities} | {"calibrated/": "its views, calibrated"}
+        views = {f"only/{m}/": f"its {m} view" for m in result.modalities} | OTHER_RANKINGS
         best = outcome.best_view().replace(" ", "/") + "/"
         for prefix, label in views.items():
             if f"{prefix}recall@20" in outcome.test:

@@ -126,13 +126,16 @@ class Record:
         """Keep a student's parameters as ``checkpoints/<name>.safetensors``, replacing what was there."""
         save_checkpoint(self.directory / "checkpoints" / f"{name}.safetensors", parameters, state)
 
-    def users(self, table: UserTable, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the test metrics of every user, ``test_users.npz``, and a row of those by group; the run does not depend on the file."""
+    def users(self, table: UserTable) -> None:
+        """Keep the test metrics of every user, ``test_users.npz``; the run does not depend on the file."""
         try:
             table.save(self.directory / "test_users.npz")
         except OSError as error:
             self.write(f"test_users.npz could not be written ({error}); `ckd-fed compare` will lack this run")
-        self.row("groups", groups=list(groups))
+
+    def groups(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the row of recall by groups of users and items, all models in one."""
+        self.row("groups", groups=list(rows))
 
     def finish(self, result: RunResult, seconds: float) -> None:
         """Write the final row and print the final table."""

@@ -7,6 +7,9 @@ from pathlib import Path
 
 _VAL = "readout/val/"
 
+# Prefixes of test metrics that are of other rankings than the joint one over all items, in words.
+OTHER_RANKINGS = {"calibrated/": "its views, calibrated", "warm/": "among trained items", "cold/": "among items never trained"}
+
 
 @dataclass
 class Outcome:
@@ -16,7 +19,8 @@ class Outcome:
         best_epoch: epoch of the best validation.
         epochs: epochs trained.
         validation: the best Recall@20 on validation.
-        test: metrics on test, ``only/m/...`` included for a student.
+        test: metrics on test, ``only/m/...`` included for a student; with a split that holds items out of training also ``warm/...`` and
+            ``cold/...``.
         readout: what was chosen on validation to read a student out, see :meth:`~ckd_fed.training.trainer.Trainer.read_out`; empty
             without ``evaluation.calibrate``.
     """

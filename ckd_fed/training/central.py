@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_fed.analysis.users import rank_test_users
+from ckd_fed.analysis.users import user_table
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.backbones.build import backbone_class
 from ckd_fed.checkpoint import to_arrays
@@ -19,6 +19,7 @@ from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import open_dataset, standin_notice
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
+from ckd_fed.evaluation.tested import Tested
 from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking import console
@@ -76,18 +77,22 @@ def _train(config: Config, dataset: Dataset, record: Record, memory: TeacherMemo
     result = RunResult(dataset.modalities, record.directory)
     if not backbone_class(config.backbone).scores_use_features:
         record.write(no_counterfactual_notice(config.backbone))
-    fits = _pretrain(config, dataset, record, result, memory)
+    tests: dict[str, Tested] = {}
+    fits = _pretrain(config, dataset, record, result, memory, tests)
     number = max((round_number for round_number, _ in fits.values()), default=0)
     teachers = {m: fits[f"teacher/{m}"][1].trainer.soft_scores() for m in dataset.modalities if f"teacher/{m}" in fits}
     student = _distil(config, dataset, record, result, teachers, number)
-    result.outcomes["student"] = _outcome(student, calibrated=config.evaluation.calibrate)
-    models = {**{role: fit.trainer.soft_scores() for role, (_, fit) in fits.items()}, "student": student.trainer.soft_scores()}
-    record.users(*rank_test_users(dataset, models, config.ks))
+    tests["student"] = _test(student, "student", config, result)
+    if config.evaluation.user_table:
+        record.users(user_table(dataset.fingerprint, {role: tested.by_user for role, tested in tests.items()}))
+    record.groups([row for tested in tests.values() for row in tested.by_user.groups])
     record.finish(result, time.monotonic() - started)
     return result
 
 
-def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResult, memory: TeacherMemory) -> dict[str, tuple[int, Fit]]:
+def _pretrain(
+    config: Config, dataset: Dataset, record: Record, result: RunResult, memory: TeacherMemory, tests: dict[str, Tested]
+) -> dict[str, tuple[int, Fit]]:
     """Phase 1: every teacher, and the plain student if asked for, to convergence; (rounds taken, fit with the best restored)."""
     roles: dict[str, tuple[str, ...]] = {f"teacher/{m}": (m,) for m in dataset.modalities} if config.distillation.enabled else {}
     if config.plain and config.distillation.enabled:
@@ -106,17 +111,18 @@ def _pretrain(config: Config, dataset: Dataset, record: Record, result: RunResul
         record.pretraining_round(number, reports, time.monotonic() - started)
     for role, fit in fits.items():
         fit.trainer.restore(fit.best)
-        result.outcomes[role] = _outcome(fit, calibrated=config.evaluation.calibrate and role == "plain")
+        tests[role] = _test(fit, role, config, result)
     return {role: (number, fit) for role, fit in fits.items()}
 
 
 def _distil(config: Config, dataset: Dataset, record: Record, result: RunResult, teachers: dict[str, Embeddings], number: int) -> Fit:
     """Phase 2: the student, distilled from the teachers, or plain without them."""
     fit = build_fit(config, build_trainer(config, dataset, "student", distilled=bool(teachers)))
-    dtype = DTYPES[config.distillation.margin_dtype]
+    dtype, bound = DTYPES[config.distillation.margin_dtype], config.distillation.margin_bound
+    masks = fit.trainer.dataset.masks
 
     def sheets(steps: Sequence[StepTriples]) -> dict[str, np.ndarray]:
-        return {m: margin_sheet(embeddings, steps, dtype, config.distillation.margin_bound) for m, embeddings in teachers.items()}
+        return {m: margin_sheet(embeddings, steps, dtype, bound, masks.get(m)) for m, embeddings in teachers.items()}
 
     def report(row: Values) -> None:
         nonlocal number
@@ -148,8 +154,9 @@ def against_teachers(row: Values, result: RunResult) -> Values:
     return row
 
 
-def _outcome(fit: Fit, *, calibrated: bool) -> Outcome:
+def _test(fit: Fit, role: str, config: Config, result: RunResult) -> Tested:
     """Test the best parameters, which the fit has restored."""
-    test = fit.trainer.dataset.test
-    metrics, chosen = fit.trainer.read_out(test) if calibrated else (fit.trainer.diagnose(test), {})
-    return Outcome(fit.stopping.best_epoch, fit.epoch, fit.stopping.best, metrics.compute(), chosen)
+    tested = fit.trainer.test(role, calibrated=config.evaluation.calibrate and not role.startswith("teacher/"))
+    stopping = fit.stopping
+    result.outcomes[role] = Outcome(stopping.best_epoch, fit.epoch, stopping.best, tested.metrics.compute(), dict(tested.chosen))
+    return tested

@@ -20,6 +20,7 @@ from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation.calibration import Calibration, calibrate, calibration_views, combine, view_name
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
+from ckd_fed.evaluation.tested import Tested, add_warm_and_cold, rank_test_users
 from ckd_fed.training.balancing import Balancing
 
 Values = dict[str, float]
@@ -97,7 +98,7 @@ class Trainer:
             if self.objective is None or sheets is None:
                 output = self.balancing.loss(self.backbone, ranking)
             else:
-                margins = teacher_margins(sheets, row, len(ranking), like)
+                margins = teacher_margins(sheets, row, triples, like, self.dataset.masks)
                 output = self.objective(self.backbone, ranking, _triples(triples.distillation, self.device), margins)
             self.optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
@@ -155,6 +156,20 @@ class Trainer:
         chosen.update({f"readout/val/{view_name(backbone, view)}": recall for view, recall in recalls.items()})
         return metrics, {**chosen, "readout/val/calibrated": reached}
 
+    def test(self, model: str, share: tuple[int, int] = (0, 1), *, calibrated: bool = False) -> Tested:
+        """The test that a run ends with.
+
+        Args:
+            model: its name in the groups' rows.
+            share: (w, W): which of the users.
+            calibrated: also read a student out, see :meth:`read_out`.
+        """
+        train, test = self.dataset.train, self.dataset.test
+        metrics, chosen = self.read_out(test, share) if calibrated else (self.diagnose(test, share), {})
+        joint = self.soft_scores()
+        add_warm_and_cold(metrics, joint, train, test, share)
+        return Tested(metrics, chosen, rank_test_users(model, joint, train, test, self.ks, share))
+
     def embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """Detached tables of some views, for ranking."""
         self.backbone.eval()
@@ -199,9 +214,7 @@ def _accumulate(sums: dict[str, Tensor], output: ObjectiveOutput, *, counterfact
     """Add a step's numbers, on the device and without waiting for it; effects and weights only where they mean anything."""
     values = {"loss/total": output.loss, **{f"loss/{name}": term for name, term in output.terms.items()}}
     for modality, part in output.modalities.items():
-        values.update({f"specific/{modality}": part.specific.mean(), f"generic/{modality}": part.generic})
-        if counterfactual:
-            values.update({f"effect/{modality}": part.effect.mean(), f"weight/{modality}": part.weight.mean()})
+        values.update({f"{name}/{modality}": value for name, value in part.means(counterfactual=counterfactual).items()})
     for name, value in values.items():
         value = value.detach().double()
         sums[name] = sums[name] + value if name in sums else value

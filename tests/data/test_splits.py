@@ -88,6 +88,17 @@ def test_cold_items_are_never_trained(refuses):
     refuses(DataError, lambda: split("cold-items", np.zeros(9, dtype=int), np.arange(9)), "9 items are too few")
 
 
+def test_warm_and_cold_holds_out_items_and_splits_the_rest():
+    users, items = problem([12] * 50)
+    part = split("warm-and-cold", users, items)
+    trained = np.isin(items, items[part == TRAIN])
+    for k in (VAL, TEST):
+        assert len(set(items[(part == k) & ~trained].tolist())) == 6  # cold items
+        warm = np.bincount(users[(part == k) & trained], minlength=50)
+        assert warm.tolist() == [1] * 50  # of 7 to 12 warm ones a tenth, at least one
+    assert not set(items[(part == VAL) & ~trained]) & set(items[(part == TEST) & ~trained])
+
+
 def test_an_unknown_rule(refuses):
     refuses(DataError, lambda: split("loo", *problem([5])), "'loo'", "leave-one-out")
 

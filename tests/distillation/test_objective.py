@@ -70,6 +70,62 @@ def by_hand(student, teachers, *, reweight=True, specific=True, generic=True):
     return bpr, l2, RHO * kd.mean(), kd, effects
 
 
+def asked_of(teachers, seed=4):
+    """The same teachers, each asked about two thirds of the triples."""
+    rng = np.random.default_rng(seed)
+    return {
+        m: TeacherMargins(said.ranking, said.distillation, torch.from_numpy(rng.random(20) < 2 / 3), torch.from_numpy(rng.random(30) < 2 / 3))
+        for m, said in teachers.items()
+    }
+
+
+@pytest.mark.parametrize("n_modalities", [2, 3])
+@pytest.mark.parametrize("reweight", [True, False])
+def test_a_teacher_that_was_not_asked_has_no_part(student, n_modalities, reweight):
+    """Sample by sample, loss and weights are those of the modalities that were asked about it; generic means are over the pairs asked."""
+    model = student(n_modalities)
+    teachers = asked_of(random_teachers(model.modalities))
+    full = DistillationObjective(rho=RHO, kappa=KAPPA, temperature=T)(model, RANKING, PAIRS, teachers)
+    output = DistillationObjective(rho=RHO, kappa=KAPPA, temperature=T, reweight=reweight)(model, RANKING, PAIRS, teachers)
+    student_pairs = model.step(RANKING, [], PAIRS, [model.only(m) for m in model.modalities]).distillation
+    seen = set()
+    for n in range(20):
+        present = [m for m in model.modalities if teachers[m].asked_ranking[n]]
+        seen.add(len(present))
+        total = sum(full.modalities[m].effect[n] for m in present)
+        expected = 0.0
+        for m in model.modalities:
+            weight = output.modalities[m].weight[n].item()
+            if m not in present:
+                assert weight == 0
+                continue
+            wanted = len(present) / (len(present) - 1) * (1 - full.modalities[m].effect[n] / total) if reweight and len(present) > 1 else 1.0
+            assert weight == pytest.approx(float(wanted), abs=1e-12)
+            kept = teachers[m].asked_distillation
+            p, q = torch.sigmoid(teachers[m].distillation / T)[kept], torch.sigmoid(student_pairs[model.only(m)] / T)[kept]
+            g = (-p * torch.log(q + 1e-8) - (1 - p) * torch.log(1 - q + 1e-8)).mean()
+            expected = expected + weight * (torch.relu(teachers[m].ranking[n] - full.modalities[m].margin[n]) + KAPPA * g)
+        assert output.per_sample[n].item() == pytest.approx(float(torch.as_tensor(expected).detach()), rel=1e-10)
+    assert seen == set(range(n_modalities + 1))
+    m = model.modalities[0]
+    counted = teachers[m].asked_ranking
+    means = output.modalities[m].means(counterfactual=True)
+    for name in ("specific", "effect", "weight"):
+        assert means[name].item() == pytest.approx(getattr(output.modalities[m], name)[counted].mean().item())
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model, output.loss).values())
+
+
+def test_teachers_asked_about_everything_or_nothing(student):
+    model, objective = student(2), DistillationObjective(rho=RHO, kappa=KAPPA, temperature=T)
+    teachers = random_teachers(model.modalities)
+    whole = objective(model, RANKING, PAIRS, teachers)
+    for all_of_them in (True, False):
+        masks = torch.full((20,), all_of_them), torch.full((30,), all_of_them)
+        said = {m: TeacherMargins(t.ranking, t.distillation, *masks) for m, t in teachers.items()}
+        output = objective(model, RANKING, PAIRS, said)
+        assert output.terms["kd"].item() == pytest.approx(whole.terms["kd"].item() if all_of_them else 0.0, rel=1e-12)
+
+
 def gradients(module, loss):
     module.zero_grad()
     loss.backward()

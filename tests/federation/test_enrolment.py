@@ -44,6 +44,19 @@ def test_real_nodes_take_the_roles_of_their_node_config():
     assert [line.split()[0:2] for line in plan.describe()] == [["teacher", "image"], ["teacher", "text"], ["student", "node"]]
 
 
+def test_a_teacher_and_the_students_must_agree_on_which_items_have_its_modality(refuses):
+    masked = json.dumps({"text": "t+abc"})
+    cards = {5: replace(teacher("text"), features=masked), 6: student(), 7: teacher("image")}
+    refuses(EnrolmentError, lambda: assign(config(), cards), "node 5", "node 6", "which items have text", "text_mask.npy")
+    both = student(features=json.dumps({"image": "i", "text": "other+abc"}))
+    plan, missing = assign(config(), {**cards, 6: both})
+    assert missing == ""
+    assert not plan.whole
+    assert different_features(plan) == ["text"]
+    plan, _ = assign(config(), {5: teacher("text"), 6: student(), 7: teacher("image")})
+    assert plan.whole
+
+
 @pytest.mark.parametrize(
     ("cards", "missing"),
     [

@@ -1,8 +1,11 @@
 """A federated run with one student is the central run, and everything that may vary about the federation leaves it so."""
 
+import json
+
 import numpy as np
 import pytest
 
+from ckd_fed.analysis.users import load_users
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.checkpoint import load_checkpoint
 from ckd_fed.config import resolve
@@ -62,6 +65,68 @@ def test_three_rounds_give_the_central_student(backbone, toy, federate):
         for key in alone:
             if key != "time" and not key.endswith("seconds") and not key.startswith("bytes"):
                 assert federated[key] == pytest.approx(alone[key], abs=1e-6), key
+
+
+def same_users(home, first, second):
+    ours, theirs = (load_users(home / "runs" / run / "test_users.npz") for run in (first, second))
+    assert ours.split == theirs.split
+    np.testing.assert_array_equal(ours.users, theirs.users)
+    assert ours.values.keys() == theirs.values.keys()
+    for name, column in theirs.values.items():
+        np.testing.assert_allclose(ours.values[name], column, atol=1e-6, err_msg=name)
+
+
+def groups(home, run):
+    (row,) = [row for row in read_rows(home / "runs" / run / "metrics.jsonl") if row["event"] == "groups"]
+    return row["groups"]
+
+
+def test_users_and_groups_are_those_of_the_central_run(toy, federate):
+    overrides = {**SMALL, "distillation.margin-dtype": "float32"}
+    train(resolve(overrides, {"home": str(toy), "name": "central"}))
+    federate(overrides)
+    same_users(toy, "fed", "central")
+    found = groups(toy, "fed")
+    assert {(row["model"], row["kind"]) for row in found} == {
+        (m, k) for m in ("teacher/image", "teacher/text", "student") for k in ("users", "items")
+    }
+    assert found == [pytest.approx(row) for row in groups(toy, "central")]
+    federate({**SMALL, "evaluation.user-table": False}, run="without")
+    assert not (toy / "runs" / "without" / "test_users.npz").exists()
+    assert len(groups(toy, "without")) == len(found)
+
+
+def test_two_workers_users_are_all_users(toy, federate):
+    result, _, _ = federate({**SMALL, "federation.student-workers": 2}, nodes=[{"partition-id": i, "num-partitions": 4} for i in range(4)])
+    table = load_users(toy / "runs" / "fed" / "test_users.npz")
+    assert len(table.users) == 60
+    assert table.values["student/recall@20"].mean() == pytest.approx(result.outcomes["student"].test["recall@20"], abs=1e-6)
+
+
+def test_items_without_a_modality_and_items_never_trained(toy, federate):
+    """Hidden rows, a mask on disk and cold items at once: teachers are not asked about what they lack, on either path."""
+    directory = toy / "data" / "toy"
+    mask = np.arange(40) % 5 != 1
+    np.save(directory / "text_mask.npy", mask)
+    table = json.loads((directory / "train.json").read_text())
+    cold = {4, 9, 23}
+    (directory / "train.json").write_text(json.dumps({user: [i for i in items if i not in cold] for user, items in table.items()}))
+    overrides = {**SMALL, "distillation.margin-dtype": "float32", "data.missing": "image:0.4"}
+    central = train(resolve(overrides, {"home": str(toy), "name": "central"}))
+    result, grid, _ = federate(overrides)
+    assert largest_difference(parameters(toy, "fed"), parameters(toy, "central")) <= 1e-6
+    for name, outcome in central.outcomes.items():
+        assert result.outcomes[name].test == pytest.approx(outcome.test, abs=1e-12), name
+        assert {"warm/recall@20", "cold/recall@20"} <= outcome.test.keys()
+    sheets = {
+        reply.content["reply"]["role"]: np.frombuffer(reply.content["arrays"]["margins/0"].data, dtype="<f4")
+        for message, reply in grid.seen
+        if message.metadata.message_type == "query.score"
+    }
+    assert 0.2 < (sheets["teacher/text"] == 0).mean() < 0.5  # 1 - .8 * .8 = .36 of the random pairs
+    assert 0.5 < (sheets["teacher/image"] == 0).mean() < 0.8  # 1 - .6 * .6 = .64
+    rounds = [row for row in read_rows(toy / "runs" / "central" / "metrics.jsonl") if row["event"] == "round" and row["phase"] == "distillation"]
+    assert all(0 < row[f"weight/{m}"] <= 2 for row in rounds for m in ("image", "text"))
 
 
 def test_float16_margins_move_the_student_only_by_rounding(toy, federate):
