@@ -9,10 +9,11 @@ action     asked of                        request                              
 =========  ==============================  ===============================================  ============================================
 enrol      every node                      configuration                                    :class:`NodeCard`
 fit        teacher m, plain student        epochs of this round                             rows of validations, whether it has converged
-test       teacher m, plain student        epoch of its best                                test metrics of its best
+test       teacher m, plain student        epoch of its best                                test metrics of its best, by user and group
 score      teacher m                       the same, epochs of a stretch, number of workers a sheet of margins per worker, triples' hash
-distil     student worker                  weights, sheets of margins with their hashes     weights, means of the stretch, validation
-evaluate   student worker                  weights, part of the split, share of the users   sums of metrics over its users
+distil     a lone student                  weights, early stopping, sheets with hashes      weights, best weights, rows of validations
+distil     one of several student workers  weights, sheets of margins with their hashes     weights, means of the stretch
+evaluate   student worker                  weights, part of the split, share of the users   sums of metrics; of a test by user and group
 =========  ==============================  ===============================================  ============================================
 
 Features, interactions and a teacher's parameters appear in none of them.
@@ -248,11 +249,9 @@ class Reply:
             )
         return array
 
-    def weights(self, like: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    def weights(self, like: Mapping[str, np.ndarray] | None, prefix: str = "weights/") -> dict[str, np.ndarray]:
         """The arrays ``weights/<parameter>``: finite float32, and of the names and shapes of ``like`` where that is known."""
-        found = {
-            name: self._unpack(f"weights/{name}") for name in (key.removeprefix("weights/") for key in self.arrays if key.startswith("weights/"))
-        }
+        found = {key.removeprefix(prefix): self._unpack(key) for key in self.arrays if key.startswith(prefix)}
         if not found or (like is not None and set(found) != set(like)):
             different = sorted(set(found) ^ set(like or {}))
             raise ReplyError(f"{self.stamp}: its parameters are not those of the student (different: {', '.join(different[:5]) or 'none sent'})")

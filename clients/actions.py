@@ -18,7 +18,8 @@ from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.errors import CkdError, ReplyError, unknown
 from ckd_fed.evaluation.tested import Tested
 from ckd_fed.training.build import triple_stream
-from ckd_fed.training.fit import Fit, mean_values, validate
+from ckd_fed.training.early_stopping import EarlyStopping
+from ckd_fed.training.fit import Fit, mean_values
 from ckd_fed.training.trainer import Trainer
 from ckd_fed.wire import Request, Stamp, margin_dtype, read_request, refusal, reply
 from clients.catch_up import best_of, catch_up
@@ -86,7 +87,11 @@ def score(request: Request, node: Node) -> Answer:
 
 
 def distil(request: Request, node: Node) -> Answer:
-    """Train a student worker's share of a stretch of epochs on the teachers' margins, from the weights that the server sends."""
+    """Train a student worker's share of a stretch of epochs on the teachers' margins, from the weights that the server sends.
+
+    A lone student validates and stops early by itself, from the state of early stopping that comes with the request; its answer holds a
+    row for each validation, its weights, and those of a best validation that is not the last.
+    """
     run, role, number = request.stamp.run, request.stamp.role, request.stamp.round
     share = int(request.values["worker"]), int(request.values["workers"])
     asked = _fingerprint(request)
@@ -94,28 +99,45 @@ def distil(request: Request, node: Node) -> Answer:
     model, state = node.fit(run, role, share, exact=not weights)
     if state.get("round") == number and state.get("asked") == asked:  # asked again because the answer was lost: the same answer
         node.workspace(run, role).load(model)  # an evaluation may have put other weights in
-        return state["answer"], state["metrics"], to_arrays(model.trainer.snapshot(), "weights/")
+        return state["answer"], state["metrics"], _student(model)
     model, fresh = _at_epoch(request, node, model, share)
+    first, last = model.epoch, model.epoch + int(request.values["epochs"])
     if weights:
         model.trainer.restore(weights)
-    elif model.epoch:
-        raise ReplyError(f"{role}: epoch {model.epoch} is asked for without weights to go on from")
+    elif first:
+        raise ReplyError(f"{role}: epoch {first} is asked for without weights to go on from")
 
-    epochs = [model.trainer.stream.epoch(model.epoch + offset, share) for offset in range(int(request.values["epochs"]))]
-    sheets = _check_sheets(request, [step for steps in epochs for step in steps])
-    rows, done = [], 0
-    for steps in epochs:
-        part = {m: sheet[done : done + len(steps)] for m, sheet in sheets.items()} if sheets else None
-        rows.append(model.trainer.train_epoch(model.epoch, part, steps))
-        model.epoch += 1
-        done += len(steps)
-    metrics = mean_values(rows)
+    steps = {epoch: model.trainer.stream.epoch(epoch, share) for epoch in range(first, last)}
+    sheets = _check_sheets(request, [step for epoch in steps.values() for step in epoch])
+    per_epoch = len(steps[first])
+
+    def part(epoch: int) -> dict[str, np.ndarray]:
+        return {m: sheet[(epoch - first) * per_epoch : (epoch - first + 1) * per_epoch] for m, sheet in sheets.items()}
+
+    metrics: dict[str, Any]
     if request.values["validate"]:
-        metrics.update(validate(model.trainer))
-    answer = {"samples": done * request.config.training.batch_size, "epoch": model.epoch, "fresh-optimizer": fresh}
+        best, waited = float(request.values["best"]), int(request.values["waited"])
+        model.stopping = EarlyStopping(request.config.training.patience, best, int(request.values["best-epoch"]), waited)
+        model.best = {}
+        rows = model.advance(last - first, sheets=(lambda _: part(model.epoch)) if sheets else None)
+        metrics = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+    else:
+        rows = []
+        for epoch in range(first, last):
+            rows.append(model.trainer.train_epoch(epoch, part(epoch) if sheets else None, steps[epoch]))
+            model.epoch += 1
+        metrics = dict(mean_values(rows))
+    samples = (model.epoch - first) * per_epoch * request.config.training.batch_size
+    answer = {"samples": samples, "epoch": model.epoch, "fresh-optimizer": fresh}
     ahead = state.get("epoch") != int(request.values["from-epoch"])  # done again: the state before this round is kept already
     node.save(run, role, model, keep_previous=not ahead, round=number, asked=asked, answer=answer, metrics=metrics)
-    return answer, metrics, to_arrays(model.trainer.snapshot(), "weights/")
+    return answer, metrics, _student(model)
+
+
+def _student(model: Fit) -> dict[str, np.ndarray]:
+    """A student's parameters for the wire, and its best ones where those are others."""
+    best = model.best if model.stopping.best_epoch != model.epoch else {}
+    return {**to_arrays(model.trainer.snapshot(), "weights/"), **to_arrays(best, "best/")}
 
 
 def evaluate(request: Request, node: Node) -> Answer:

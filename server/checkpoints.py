@@ -69,6 +69,7 @@ class RunState:
         recorded: bytes of ``metrics.jsonl`` that this state accounts for.
         last, best: the student's parameters; empty before its first round.
         tested: model -> its test by users and groups.
+        stretch: validations that a round is to hold.
     """
 
     run: str
@@ -90,6 +91,7 @@ class RunState:
     last: dict[str, np.ndarray] = field(default_factory=dict)
     best: dict[str, np.ndarray] = field(default_factory=dict)
     tested: dict[str, UserTest] = field(default_factory=dict)
+    stretch: int = 1
 
 
 def save_state(directory: Path, state: RunState) -> None:

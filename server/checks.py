@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ckd_fed.config import Config
 from ckd_fed.errors import ReplyError
 from ckd_fed.evaluation.metrics import metric_keys
 from ckd_fed.evaluation.tested import UserTest
+from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.trainer import METRIC
 from ckd_fed.wire import Reply, margin_dtype
 
@@ -157,10 +158,21 @@ def disagreement(sheets: Mapping[str, Sheets]) -> str:
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """A student worker's round: its parameters, its means, the samples behind them, whether its optimiser had to start anew."""
+    """A student worker's round.
+
+    Attributes:
+        weights: its parameters.
+        best: a lone student's at its best validation of the round, where that was a gain and is not the last; else None.
+        rows: a lone student's validations; of several workers each one's means.
+        epoch: where it is now.
+        samples: behind its means.
+        fresh: its optimiser had to start anew.
+    """
 
     weights: dict[str, np.ndarray]
-    metrics: dict[str, float]
+    best: dict[str, np.ndarray] | None
+    rows: list[dict[str, float]]
+    epoch: int
     samples: int
     fresh: bool
 
@@ -169,11 +181,13 @@ def check_worker(
     reply: Reply,
     config: Config,
     *,
-    epoch: int,
+    before: int,
+    epochs: int,
     steps: int,
     required: Sequence[str],
     taught: Sequence[str],
     like: Mapping[str, np.ndarray] | None,
+    stopping: EarlyStopping | None = None,
     whole: bool = True,
 ) -> WorkerReport:
     """A student worker's round.
@@ -181,33 +195,63 @@ def check_worker(
     Args:
         reply: to ``distil``.
         config: of the run.
-        epoch: where it must be now.
-        steps: its share of the round.
+        before: epoch that it started from.
+        epochs: that were asked for.
+        steps: its share of an epoch.
         required: metrics that must be there.
         taught: modalities with a teacher whose effects and weights must be there.
         like: parameters whose names and shapes it must have, where known.
+        stopping: early stopping as it was before the round, of a lone student, which goes by it; None for several workers.
         whole: every item has every modality. Otherwise a modality's mean weight is over the samples that have it, and all that the
             weights say is that each lies where a weight can.
 
     Raises:
-        ReplyError: another epoch or share, parameters or metrics that are not those of the student, effects or weights out of range.
+        ReplyError: other epochs or another share, parameters or metrics that are not those of the student, validations that early stopping
+            would not have come to, effects or weights out of range.
     """
-    if reply.integer("epoch") != epoch:
-        raise ReplyError(f"{reply.stamp}: it stopped at epoch {reply.integer('epoch')}, {epoch} was asked for")
-    samples = steps * config.training.batch_size
-    if reply.integer("samples", 1) != samples:
-        raise ReplyError(f"{reply.stamp}: it says that it trained on {reply.integer('samples')} samples, its share is {samples}")
-    metrics = reply.numbers(required)
+    epoch, samples = reply.integer("epoch"), reply.integer("samples", 1)
+    if stopping is None:
+        rows, end, gained = [reply.numbers(required)], before + epochs, 0
+    else:
+        rows = reply.rows([*required, "epoch", "gain"])
+        end, gained = _replayed(reply, config, rows, before, before + epochs, replace(stopping))
+    if epoch != end:
+        raise ReplyError(f"{reply.stamp}: it stopped at epoch {epoch}, {end} was asked for")
+    if samples != (share := steps * (epoch - before) * config.training.batch_size):
+        raise ReplyError(f"{reply.stamp}: it says that it trained on {samples} samples, its share is {share}")
+    for row in rows:
+        _check_effects(reply, row, taught, whole)
+    best = reply.weights(like, "best/") if gained and gained != epoch else None
+    return WorkerReport(reply.weights(like), best, rows, epoch, samples, reply.flag("fresh-optimizer"))
+
+
+def _replayed(reply: Reply, config: Config, rows: Sequence[Mapping[str, float]], before: int, last: int, stopping: EarlyStopping) -> tuple[int, int]:
+    """Where early stopping ends a lone student's round, and the epoch of its last gain there (0 for none)."""
+    chosen, gained = config.training, 0
+    due = [epoch for epoch in range(before + 1, last + 1) if epoch % chosen.validate_every == 0 or epoch == chosen.epochs]
+    said = [row["epoch"] for row in rows]
+    for epoch, row in zip(due, rows, strict=False):
+        gain = stopping.update(row[f"val/{METRIC}"], epoch)
+        if row["gain"] != gain:
+            raise ReplyError(f"{reply.stamp}: its validation at epoch {epoch} has gain {row['gain']:g}, its {METRIC} says {gain:d}")
+        gained = epoch if gain else gained
+        if stopping.stop:
+            due, last = due[: due.index(epoch) + 1], epoch
+            break
+    if said != due:
+        raise ReplyError(f"{reply.stamp}: its validations are of epochs {said}, those due are {due}")
+    return last, gained
+
+
+def _check_effects(reply: Reply, row: Mapping[str, float], taught: Sequence[str], whole: bool) -> None:
     for m in taught:
-        if not 0 < metrics[f"effect/{m}"] <= 10.0 + 1e-6:
-            raise ReplyError(f"{reply.stamp}: the effect of {m} is {metrics[f'effect/{m}']!r}; a causal effect lies between 1e-8 and 10")
-    total = sum(metrics[f"weight/{m}"] for m in taught)
-    for m in taught:
-        if not 0 <= metrics[f"weight/{m}"] <= len(taught) + 1e-3:
-            raise ReplyError(f"{reply.stamp}: the weight of {m} is {metrics[f'weight/{m}']!r}; a weight lies between 0 and {len(taught)}")
+        if not 0 < row[f"effect/{m}"] <= 10.0 + 1e-6:
+            raise ReplyError(f"{reply.stamp}: the effect of {m} is {row[f'effect/{m}']!r}; a causal effect lies between 1e-8 and 10")
+        if not 0 <= row[f"weight/{m}"] <= len(taught) + 1e-3:
+            raise ReplyError(f"{reply.stamp}: the weight of {m} is {row[f'weight/{m}']!r}; a weight lies between 0 and {len(taught)}")
+    total = sum(row[f"weight/{m}"] for m in taught)
     if whole and abs(total - len(taught)) > 1e-3 * max(1, len(taught)):
         raise ReplyError(f"{reply.stamp}: the weights do not sum to the number of modalities, {len(taught)}, but to {total:g}")
-    return WorkerReport(reply.weights(like), metrics, samples, reply.flag("fresh-optimizer"))
 
 
 @dataclass(frozen=True)

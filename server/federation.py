@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,6 +18,7 @@ from ckd_fed.evaluation.tested import merge_shares
 from ckd_fed.tracking.record import Record
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.training.trainer import METRIC
+from ckd_fed.wire import margin_dtype
 from server.checkpoints import DISTILLATION, FINISHED, TEACHERS, Learner, RunState, save_state
 from server.checks import (
     FitReport,
@@ -35,6 +37,8 @@ from server.exchange import Ask, Exchange
 from server.recovery import Recovery, Round
 from server.reweighting import Reweighting, average_weights, weighted_mean
 from server.roster import Roster
+
+_LONGEST_STRETCH = 8  # validations of a round: a run should be seen to go on, and little lost when it breaks off
 
 
 class Federation:
@@ -146,35 +150,28 @@ class Federation:
         """Distillation rounds: the scores of the next stretch are fetched while this one trains."""
         config, state = self.config, self.state
         sheets: dict[str, Sheets] = {}
-        while state.epoch < config.training.epochs and not state.stopping.stop:
+        epochs = self._stretch(state.epoch)
+        while epochs and not state.stopping.stop:
             started = time.monotonic()
             first = Round()
             if self.teachers and not sheets:
-                first = self._ask(self._score_asks(state.epoch, state.number + 1))
-                sheets = self._agreed(first, state.epoch, state.number + 1)
-            epochs = self._stretch(state.epoch)
+                first = self._ask(self._score_asks(state.epoch, epochs, state.number + 1))
+                sheets = self._agreed(first, state.epoch, epochs, state.number + 1)
             taught = list(sheets)
-            ahead = self._score_asks(state.epoch + epochs, state.number + 2)
+            following = self._stretch(state.epoch + epochs)
+            after = state.number + 1 + max(1, self._validations(state.epoch, epochs))
+            ahead = self._score_asks(state.epoch + epochs, following, after)
             done = self._ask([*self._distil_asks(epochs, sheets), *ahead])
-            state.number += 1
-            state.epoch += epochs
-            values = self._take_workers(done, taught)
-            rounds = [first, done]
-            if self.state.workers > 1:
+            planned = self._validations(state.epoch, epochs)
+            (rows, best), rounds = self._take_stretch(done, taught, epochs), [first, done]
+            if state.workers > 1 and planned:
                 evaluated, metrics = self._evaluate(state.last, "val")
-                values.update(metrics)
+                rows[0].update(metrics)
                 rounds.append(evaluated)
-            gain = state.stopping.update(values[f"val/{METRIC}"], state.epoch)
-            if gain:
-                state.best = state.last
-                self.record.checkpoint("best", state.best, epoch=state.epoch, round=state.number)
-            self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
-            seconds = time.monotonic() - started
-            values.update(epoch=float(state.epoch), gain=float(gain), seconds=seconds)
-            values.update(self._add(seconds, *rounds))
-            self.record.distillation_round(state.number, self._against_teachers(values), self.plan.modalities)
+            self._record_stretch(rows if planned else [], best, time.monotonic() - started, rounds)
             self.checkpoint()
-            sheets = self._agreed(done, state.epoch, state.number + 1) if ahead and self.teachers else {}
+            sheets = self._agreed(done, state.epoch, following, state.number + 1) if ahead and self.teachers and not state.stopping.stop else {}
+            epochs = following
         done, tested = self._evaluate(state.best, "test")
         test, readout = split_readout({name.removeprefix("val/"): value for name, value in tested.items()})
         state.outcomes["student"] = Outcome(state.stopping.best_epoch, state.epoch, state.stopping.best, test, readout)
@@ -184,17 +181,67 @@ class Federation:
             self.record.users(user_table(self.plan.card.split, state.tested))
         self.record.groups([row for by_user in state.tested.values() for row in by_user.groups])
 
+    def _take_stretch(self, done: Round, taught: Sequence[str], epochs: int) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+        """Take in what the students trained: a row for each validation of a lone student, or one of several workers' means; and the
+        parameters of the last gain, should there be one."""
+        state = self.state
+        self.reweighting.modalities = tuple(self._weighed(taught))
+        if state.workers > 1:
+            rows = [{**self._take_workers(done), "epoch": float(state.epoch + epochs)}]
+            state.epoch += epochs
+            return rows, state.last
+        report: WorkerReport = done.value("distil", "student/0")
+        self._say_fresh(0, report)
+        state.last, state.epoch = report.weights, report.epoch
+        return report.rows, state.last if report.best is None else report.best
+
+    def _record_stretch(self, rows: Sequence[dict[str, float]], best: dict[str, np.ndarray], seconds: float, rounds: Sequence[Round]) -> None:
+        """A round for each validation, time and bytes dealt out among them by the seconds that each took to train."""
+        state, gained = self.state, False
+        traffic = self._add(seconds, *rounds)
+        took = [row.pop("seconds", 1.0) for row in rows]
+        for row, part in zip(rows, took, strict=True):
+            state.number += 1
+            part = part / sum(took) if sum(took) else 1 / len(took)
+            if state.workers == 1:
+                row.update(self.reweighting.merge(state.number, [row], [1]))
+            gain = state.stopping.update(row[f"val/{METRIC}"], int(row["epoch"]))
+            gained = gained or gain
+            row.update(gain=float(gain), seconds=seconds * part, **{name: value * part for name, value in traffic.items()})
+            self.record.distillation_round(state.number, self._against_teachers(row), self.plan.modalities)
+        if not rows:
+            state.number += 1
+            self.record.write(f"round {state.number}: epoch {state.epoch}, {seconds:.1f} s; the next validation is yet to come")
+        if gained:
+            state.best = best
+            self.record.checkpoint("best", state.best, epoch=state.stopping.best_epoch, round=state.number)
+        self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
+        # Several workers are averaged after every stretch, so its length would change the result; a lone student's does not.
+        busy = max(done.busy for done in rounds)
+        if state.workers == 1 and len(rows) == state.stretch and seconds - busy > self.config.federation.messaging_share * seconds:
+            state.stretch = min(_LONGEST_STRETCH, 2 * state.stretch)
+
     def _stretch(self, epoch: int) -> int:
-        """Epochs of the round that starts at an epoch: up to the next validation, or the last epoch."""
-        return max(0, min(self.config.training.validate_every, self.config.training.epochs - epoch))
+        """Epochs of the round that starts at an epoch: up to a validation, as many validations as a round is to hold, not too many bytes."""
+        chosen = self.config.training
+        left = chosen.epochs - epoch
+        sheet = self.steps * (chosen.batch_size + self.config.distillation.batch_size) * margin_dtype(self.config).itemsize
+        longest = max(1, int(self.config.federation.stretch_mb * 1e6 / sheet)) if self.teachers else left
+        first = chosen.validate_every - epoch % chosen.validate_every
+        further = min(self.state.stretch - 1, (longest - first) // chosen.validate_every)
+        return max(0, min(longest, first + max(0, further) * chosen.validate_every, left))
+
+    def _validations(self, epoch: int, epochs: int) -> int:
+        """Validations of a round of some epochs from an epoch on."""
+        chosen = self.config.training
+        return sum(at % chosen.validate_every == 0 or at == chosen.epochs for at in range(epoch + 1, epoch + epochs + 1))
 
     def _share(self, worker: int) -> int:
         """Steps of an epoch that are a worker's."""
         return len(range(worker, self.steps, self.state.workers))
 
-    def _score_asks(self, epoch: int, number: int) -> list[Ask]:
-        """Ask all teachers for the margins of the stretch that starts at an epoch; none if there is none."""
-        epochs = self._stretch(epoch)
+    def _score_asks(self, epoch: int, epochs: int, number: int) -> list[Ask]:
+        """Ask all teachers for the margins of a stretch; none if there is none."""
         if not epochs:
             return []
         values = {"from-epoch": epoch, "epochs": epochs, "workers": self.state.workers}
@@ -203,7 +250,7 @@ class Federation:
         roles = [f"teacher/{m}" for m in self.teachers]
         return [Ask(number, "score", role, values={**values, **self._best(role)}, check=check) for role in roles]
 
-    def _agreed(self, done: Round, epoch: int, number: int) -> dict[str, Sheets]:
+    def _agreed(self, done: Round, epoch: int, epochs: int, number: int) -> dict[str, Sheets]:
         """The sheets of all teachers, asked for again where they are bound to different triples.
 
         Raises:
@@ -215,7 +262,7 @@ class Federation:
             if not reason:
                 return sheets
             self.record.write(f"{reason}; asking them again")
-            done = self._ask(self._score_asks(epoch, number))
+            done = self._ask(self._score_asks(epoch, epochs, number))
         raise ReplyError(reason)
 
     def _distil_asks(self, epochs: int, sheets: Mapping[str, Sheets]) -> list[Ask]:
@@ -235,35 +282,43 @@ class Federation:
                 "workers": state.workers,
                 "hashes": json.dumps({m: taken.hashes[worker] for m, taken in sheets.items()}),
                 "validate": state.workers == 1,
+                "best": state.stopping.best,
+                "best-epoch": state.stopping.best_epoch,
+                "waited": state.stopping.waited,
             }
             check = partial(
                 check_worker,
                 config=self.config,
-                epoch=state.epoch + epochs,
-                steps=epochs * self._share(worker),
+                before=state.epoch,
+                epochs=epochs,
+                steps=self._share(worker),
                 required=required,
                 taught=weighed,
                 like=state.last or None,
+                stopping=replace(state.stopping) if state.workers == 1 else None,
                 whole=self.plan.whole and not self.config.data.hidden_shares,
             )
             asks.append(Ask(state.number + 1, "distil", f"student/{worker}", arrays, values, check))
         return asks
 
-    def _take_workers(self, done: Round, taught: Sequence[str]) -> dict[str, float]:
+    def _take_workers(self, done: Round) -> dict[str, float]:
         """Merge the workers' rounds: parameters averaged by samples, effects and weights of the modalities merged."""
         reports: list[WorkerReport] = [done.value("distil", f"student/{worker}") for worker in range(self.state.workers)]
         for worker, report in enumerate(reports):
-            if report.fresh:
-                self.record.write(f"NOTE: student/{worker} had no workspace for this round; its optimiser started anew from the server's parameters")
+            self._say_fresh(worker, report)
             if {name: array.shape for name, array in report.weights.items()} != {name: array.shape for name, array in reports[0].weights.items()}:
                 raise ReplyError(f"student/{worker} and student/0 sent parameters of different shapes; their features differ")
         samples = [report.samples for report in reports]
-        names = [name for name in reports[0].metrics if all(name in report.metrics for report in reports)]
-        merged = {name: weighted_mean([report.metrics[name] for report in reports], samples) for name in names}
-        self.reweighting.modalities = tuple(self._weighed(taught))
-        merged.update(self.reweighting.merge(self.state.number, [report.metrics for report in reports], samples))
+        means = [report.rows[0] for report in reports]
+        names = [name for name in means[0] if all(name in row for row in means)]
+        merged = {name: weighted_mean([row[name] for row in means], samples) for name in names}
+        merged.update(self.reweighting.merge(self.state.number + 1, means, samples))
         self.state.last = average_weights([report.weights for report in reports], samples)
         return merged
+
+    def _say_fresh(self, worker: int, report: WorkerReport) -> None:
+        if report.fresh:
+            self.record.write(f"NOTE: student/{worker} had no workspace for this round; its optimiser started anew from the server's parameters")
 
     def _evaluate(self, weights: Mapping[str, np.ndarray], split: str) -> tuple[Round, dict[str, float]]:
         """Rank with some weights, each worker a share of the users.

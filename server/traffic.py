@@ -10,7 +10,7 @@ from server.enrolment import Plan
 
 
 def traffic_lines(state: RunState, plan: Plan, config: Config) -> list[str]:
-    """Two lines for the end of a run: the share of messaging, and bytes a round and modality beside the alternatives.
+    """Two lines for the end of a run: the share of messaging, and bytes an epoch and modality beside the alternatives.
 
     The alternatives are what a teacher would have to send instead, in the margins' dtype: its scores of all users and items, or its
     embedding tables. Those would be sent once, and give away the whole teacher.
@@ -25,10 +25,10 @@ def traffic_lines(state: RunState, plan: Plan, config: Config) -> list[str]:
         card, chosen = plan.card, config.training
         item = margin_dtype(config).itemsize
         steps = card.n_train // chosen.batch_size + 1
-        sheet = min(chosen.validate_every, chosen.epochs) * steps * (chosen.batch_size + config.distillation.batch_size) * item
+        sheet = steps * (chosen.batch_size + config.distillation.batch_size) * item
         dense, tables = card.n_users * card.n_items * item, (card.n_users + card.n_items) * width * item
         lines.append(
-            f"margins: {size(sheet)} a round and modality; all scores would be {size(dense)}, a teacher's embedding tables {size(tables)} "
+            f"margins: {size(sheet)} an epoch and modality; all scores would be {size(dense)}, a teacher's embedding tables {size(tables)} "
             f"(width {width})"
         )
     return lines

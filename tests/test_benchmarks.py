@@ -26,3 +26,12 @@ def test_scale():
     rows = [line for line in run("scale.py", "--quick", "--threads", 1, "--steps", 1).splitlines() if line.startswith(("| vbpr", "| freedom"))]
     assert len(rows) == 4
     assert not any("failed" in row for row in rows)
+
+
+def test_steps():
+    rows = [line for line in run("steps.py", "--quick", "--backbones", "lattice", "vbpr").splitlines() if line.startswith(("| lattice", "| vbpr"))]
+    assert len(rows) == 2
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[-1] == "none"  # nothing is sorted or searched for within a step
+        assert sum(int(cell.removesuffix("%")) for cell in cells[4:-1]) in range(97, 104)

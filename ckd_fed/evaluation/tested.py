@@ -15,6 +15,8 @@ from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.per_user import rank_users
 from ckd_fed.evaluation.ranking import evaluate
 
+ENOUGH = 10  # cold items, in lengths of the longest list
+
 
 @dataclass(frozen=True)
 class UserTest:
@@ -73,13 +75,14 @@ def merge_shares(shares: Sequence[UserTest]) -> UserTest:
 def add_warm_and_cold(
     metrics: RankingMetrics, embeddings: Embeddings, train: Interactions, test: Interactions, share: tuple[int, int] = (0, 1)
 ) -> None:
-    """Where some test items were never trained, add ``cold/<metric>``: only such items compete, over the users that have one held out.
+    """Where the split holds items out of training, add ``cold/<metric>``: only such items compete, over the users that have one held out.
 
     And ``warm/<metric>``, the same of all other items, where the test has any. Ranked among all items, those never trained would mostly
-    tell how far untrained embeddings happen to lie from trained ones.
+    tell how far untrained embeddings happen to lie from trained ones. Fewer cold items than ten times the longest cut-off, as any random
+    split leaves some, are passed over: a list that holds a good part of them says nothing.
     """
     warm = train.warm
-    if warm[test.items].all():
+    if warm[test.items].all() or (~warm).sum() < ENOUGH * max(metrics.ks):
         return
     for prefix, items in (("warm/", warm), ("cold/", ~warm)):
         if items[test.items].any():

@@ -73,7 +73,7 @@ def final_table(result: RunResult) -> str:
     """Test metrics of every model, and how much of each teacher the student has reached."""
     columns = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
     table = Table(title="test set, all items ranked (NDCG: standard)", title_justify="left", title_style="bold")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     table.add_column("best epoch", justify="right")
     for name in columns:
         table.add_column(name.replace("recall", "Recall").replace("ndcg", "NDCG"), justify="right")

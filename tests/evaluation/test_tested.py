@@ -5,11 +5,17 @@ import pytest
 import torch
 
 from ckd_fed.backbones.base import Embeddings
+from ckd_fed.evaluation import tested
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.evaluation.tested import add_warm_and_cold, merge_shares, rank_test_users
 
 N_USERS, N_ITEMS, COLD = 40, 30, (3, 11, 12, 29)
+
+
+@pytest.fixture(autouse=True)
+def few_are_enough(monkeypatch):
+    monkeypatch.setattr(tested, "ENOUGH", 0)
 
 
 @pytest.fixture
@@ -63,12 +69,16 @@ def test_cold_and_warm_items_compete_among_themselves(workers, tables, split):
         assert found[f"{kind}/recall@2"] == pytest.approx(np.mean(recalls))
 
 
-def test_nothing_is_said_of_warm_and_cold_where_all_items_are_trained(tables, split):
+def test_nothing_is_said_of_warm_and_cold_where_all_items_are_trained(tables, split, monkeypatch):
     train, test = split
     metrics = evaluate(tables, train, test.of_items(train.warm), (2, 20))
     before = dict(metrics.sums)
     add_warm_and_cold(metrics, tables, train, test.of_items(train.warm))
     assert metrics.sums == before
+    monkeypatch.setattr(tested, "ENOUGH", 10)
+    add_warm_and_cold(metrics, tables, train, test)  # 4 cold items are fewer than ten lists of 20
+    assert metrics.sums == before
+    monkeypatch.setattr(tested, "ENOUGH", 0)
     only_cold = test.of_items(~train.warm)
     metrics = evaluate(tables, train, only_cold, (2, 20))
     add_warm_and_cold(metrics, tables, train, only_cold)

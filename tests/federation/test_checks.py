@@ -68,6 +68,11 @@ def array(name, make):
     return change
 
 
+def twice_as_many_rows(reply):
+    reply.content["metrics"] = MetricRecord({name: [*column, *column] for name, column in reply.content["metrics"].items()})
+    return reply
+
+
 def poison(values):
     values = values.copy()
     values.flat[3] = np.nan
@@ -111,12 +116,16 @@ def test_answers_to_something_else(action, change, mention, refused):
         ("distil", lambda message, reply: edit("arrays", **{"weights/another": Array(np.zeros(1, dtype="<f4"))})(message, reply), "another"),
         ("distil", edit("reply", epoch=3), "stopped at epoch 3"),
         ("distil", edit("reply", samples=1), "its share is"),
-        ("distil", edit("metrics", **{"val/recall@20": float("nan")}), "val/recall@20"),
-        ("distil", edit("metrics", **{"val/recall@20": 1.5}), "between 0 and 1"),
+        ("distil", edit("metrics", **{"val/recall@20": [float("nan")]}), "val/recall@20"),
+        ("distil", edit("metrics", **{"val/recall@20": [1.5]}), "between 0 and 1"),
+        ("distil", edit("metrics", **{"val/recall@20": 0.5}), "lists of one length"),
+        ("distil", edit("metrics", gain=[0.0]), "has gain 0, its recall@20 says 1"),
+        ("distil", edit("metrics", epoch=[1.0]), "validations are of epochs [1.0], those due are [2]"),
+        ("distil", lambda message, reply: twice_as_many_rows(reply), "those due are [2]"),
         ("distil", edit("metrics", **{"val/recall@20": None}), "'val/recall@20' is missing"),
-        ("distil", edit("metrics", **{"effect/image": 11.0}), "effect of image is 11.0"),
-        ("distil", edit("metrics", **{"weight/image": 1.5}), "do not sum"),
-        ("distil", edit("metrics", **{"weight/image": 2.5}), "weight of image is 2.5"),
+        ("distil", edit("metrics", **{"effect/image": [11.0]}), "effect of image is 11.0"),
+        ("distil", edit("metrics", **{"weight/image": [1.5]}), "do not sum"),
+        ("distil", edit("metrics", **{"weight/image": [2.5]}), "weight of image is 2.5"),
         ("evaluate", array("users", lambda a: a[::-1].copy()), "not ascending"),
         ("evaluate", array("users", lambda a: a - 1), "not ascending"),
         ("evaluate", array("users", lambda a: a + 1000), "at most"),

@@ -9,6 +9,7 @@ from ckd_fed.analysis.users import load_users
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.checkpoint import load_checkpoint
 from ckd_fed.config import resolve
+from ckd_fed.evaluation import tested
 from ckd_fed.tracking.record import read_rows
 from ckd_fed.training.central import train
 from clients import node as client_node
@@ -103,8 +104,9 @@ def test_two_workers_users_are_all_users(toy, federate):
     assert table.values["student/recall@20"].mean() == pytest.approx(result.outcomes["student"].test["recall@20"], abs=1e-6)
 
 
-def test_items_without_a_modality_and_items_never_trained(toy, federate):
+def test_items_without_a_modality_and_items_never_trained(toy, federate, monkeypatch):
     """Hidden rows, a mask on disk and cold items at once: teachers are not asked about what they lack, on either path."""
+    monkeypatch.setattr(tested, "ENOUGH", 0)
     directory = toy / "data" / "toy"
     mask = np.arange(40) % 5 != 1
     np.save(directory / "text_mask.npy", mask)
@@ -193,6 +195,44 @@ def test_without_distillation_no_teacher_is_asked(toy, federate):
     assert {message.metadata.message_type for message, _ in grid.seen} == {"query.enrol", "train.distil", "query.evaluate"}
     train(resolve(SMALL, {"distillation.enabled": False, "home": str(toy), "name": "central"}))
     assert largest_difference(parameters(toy, "fed"), parameters(toy, "central")) <= 1e-6
+
+
+@pytest.mark.parametrize(("share", "megabytes", "distil"), [(1, 64, 6), (0, 64, 4), (0, 1e-6, 30)], ids=["fixed", "growing", "an epoch at a time"])
+def test_the_length_of_a_lone_students_rounds_changes_nothing(share, megabytes, distil, toy, federate):
+    overrides = {**SMALL, "training.epochs": 30, "distillation.margin-dtype": "float32"}
+    train(resolve(overrides, {"home": str(toy), "name": "central"}))
+    _, grid, federation = federate({**overrides, "federation.messaging-share": share, "federation.stretch-mb": megabytes})
+    asked = [message.content["request"]["epochs"] for message, _ in grid.seen if message.metadata.message_type == "train.distil"]
+    assert sum(asked) == 30
+    assert len(asked) == distil  # growing: 5, 5 (asked for before the first was measured), 10, 10 (likewise)
+    assert largest_difference(parameters(toy, "fed"), parameters(toy, "central")) == 0
+    assert largest_difference(parameters(toy, "fed", "best"), parameters(toy, "central", "best")) == 0
+    rows = [[row for row in read_rows(toy / "runs" / run / "metrics.jsonl") if row.get("phase") == "distillation"] for run in ("fed", "central")]
+    assert [row["epoch"] for row in rows[0]] == [row["epoch"] for row in rows[1]] == [5, 10, 15, 20, 25, 30]
+    assert [row["val/recall@20"] for row in rows[0]] == [row["val/recall@20"] for row in rows[1]]
+    totals = federation.state.totals
+    assert sum(row["seconds"] for row in rows[0]) <= totals.seconds
+    if megabytes > 1:  # rounds without a validation have no row
+        assert sum(row["bytes/margins"] for row in rows[0]) == pytest.approx(totals.margin_bytes)
+
+
+def test_a_lone_student_stops_itself_within_a_round(toy, federate):
+    overrides = {**SMALL, "training.epochs": 200, "training.patience": 2, "training.validate-every": 2, "training.learning-rate": 0.05}
+    central = train(resolve(overrides, {"home": str(toy), "name": "central"}))
+    result, _, federation = federate({**overrides, "federation.messaging-share": 0})
+    student = result.outcomes["student"]
+    assert federation.state.stretch > 2
+    assert student.epochs == central.outcomes["student"].epochs < 200
+    assert student.best_epoch == central.outcomes["student"].best_epoch < student.epochs
+    assert student.test == pytest.approx(central.outcomes["student"].test)
+    assert largest_difference(parameters(toy, "fed", "best"), parameters(toy, "central", "best")) == 0
+
+
+def test_several_students_are_averaged_as_often_whatever_messages_take(toy, federate):
+    nodes = [{"partition-id": i, "num-partitions": 4} for i in range(4)]
+    _, grid, _ = federate({**SMALL, "federation.student-workers": 2, "federation.messaging-share": 0}, nodes=nodes)
+    asked = [message.content["request"]["epochs"] for message, _ in grid.seen if message.metadata.message_type == "train.distil"]
+    assert asked == [5] * 6
 
 
 def test_scores_of_the_next_stretch_are_asked_for_while_this_one_trains(toy, federate):

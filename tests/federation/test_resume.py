@@ -23,6 +23,7 @@ SMALL = {
     "distillation.batch-size": 40,
     "distillation.rho": 1.0,
     "federation.teacher-epochs": 6,
+    "federation.messaging-share": 1,
     "plain": True,
 }
 
@@ -87,7 +88,8 @@ def same(home, run, reference):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_anywhere_and_resumed(workers, toy, federate, kill):
     """Both when the nodes have answered (and are a round ahead of the server) and when they never got the message."""
-    overrides = {**SMALL, "federation.student-workers": workers, "plain": workers == 1}
+    # How long the rounds of a lone student grow goes by the clock; from its second round on (0) they always grow.
+    overrides = {**SMALL, "federation.student-workers": workers, "plain": workers == 1, "federation.messaging-share": 0}
     nodes = [{"partition-id": i, "num-partitions": 2 + workers} for i in range(2 + workers)]
     _, grid, _ = federate(overrides, run="undisturbed", nodes=nodes)
     points = range(len(nodes) + 1, len(grid.seen) - 1)  # after enrolment, the run's first checkpoint

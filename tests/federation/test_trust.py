@@ -9,6 +9,7 @@ from ckd_fed.checkpoint import load_checkpoint
 from ckd_fed.config import resolve
 from ckd_fed.data.dataset import load_dataset
 from ckd_fed.errors import ReplyError
+from ckd_fed.evaluation.metrics import metric_keys
 from ckd_fed.tracking.record import read_rows
 from ckd_fed.wire import Stamp, content_bytes, draw_nonce, read_reply, request
 from clients.actions import handle
@@ -78,7 +79,9 @@ def test_no_message_holds_features_interactions_or_a_teachers_parameters(toy, fe
     student, _ = load_checkpoint(toy / "runs/fed/checkpoints/last.safetensors")
     assert encodings(student["user_embedding"][0])[1] in everything
 
-    allowed = {"score": {"margins/0"}, "distil": {f"weights/{name}" for name in student}}
+    by_user = {"users", *(f"user/{name}" for name in metric_keys((10, 20)))}
+    parameters = {f"{kind}/{name}" for kind in ("weights", "best") for name in student}
+    allowed = {"score": {"margins/0"}, "distil": parameters, "test": by_user, "evaluate": by_user}
     for message, reply in grid.seen:
         action = message.metadata.message_type.partition(".")[2]
         assert set(reply.content.get("arrays", {})) <= allowed.get(action, set()), action
