@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from ckd_fed.checkpoint import load_checkpoint  # noqa: E402
+from ckd_fed.data.dataset import SPLITS  # noqa: E402
 from ckd_fed.data.standin import generate_standin  # noqa: E402
 from ckd_fed.deploy.cluster import init_cluster  # noqa: E402
 from ckd_fed.deploy.plan import ClusterPlan, plan_nodes  # noqa: E402
@@ -72,15 +73,16 @@ class Processes:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.again: dict[str, float] = {}
 
-    def lay_out_data(self) -> None:
-        """Give each node the split and the features of its role, and nothing else."""
-        source = generate_standin(self.home / "standin")
+    def lay_out_data(self, source: Path | None) -> None:
+        """Give each node the split and the features of its role, and nothing else; by default of the stand-in."""
+        source = source or generate_standin(self.home / "standin")
         for node in self.plan.nodes:
             folder = Path(node.data_dir)
             folder.mkdir(parents=True)
             for file in source.iterdir():
-                modality = file.name.removesuffix("_feat.npy")
-                if file.suffix in (".json", ".npy") and (modality == file.name or node.role == "student" or modality == node.modality):
+                modality = file.name.rpartition("_")[0]
+                wanted = file.stem in SPLITS or modality == node.modality or (node.role == "student" and modality in ("image", "text"))
+                if file.suffix in (".json", ".npy") and wanted:
                     shutil.copy(file, folder / file.name)
 
     def start(self, name: str) -> None:
@@ -242,6 +244,20 @@ def differences(directory: Path, reference: Path) -> list[str]:
     return found
 
 
+def summary(directory: Path) -> str:
+    """What a run's rounds took, and its student's test."""
+    rows = read_rows(directory / "metrics.jsonl")
+    phases = []
+    for phase in ("teachers", "distillation"):
+        own = [row for row in rows if row["event"] == "round" and row["phase"] == phase]
+        waited = sum(row.get("seconds/messaging", 0.0) for row in own)
+        phases.append(f"{phase} {sum(row['seconds'] for row in own):.0f} s" + (f" ({waited:.0f} s of it messaging)" if waited else ""))
+    distil = [row for row in rows if row["event"] == "round" and row["phase"] == "distillation"]
+    busy = {key: sum(row.get(key, 0.0) for row in distil) for key in sorted(distil[-1]) if key.startswith("seconds/distil/")}
+    phases += [f"{key.removeprefix('seconds/distil/')} at work {value:.0f} s" for key, value in busy.items()]
+    return "; " + ", ".join(phases) + f"; test Recall@20 {rows[-1]['final/student/test/recall@20']:.4f}"
+
+
 def follow(run: Run, draw: random.Random, kinds: Sequence[str], gap: tuple[float, float], killed: Counter[str], wanted: int) -> None:
     """See a run to its end, killing something every now and then until enough is killed."""
     cluster = run.cluster
@@ -279,23 +295,27 @@ def main() -> None:
     parser.add_argument("--students", type=int, default=2)
     parser.add_argument("--gap", type=float, nargs=2, default=(15.0, 90.0), metavar=("FROM", "TO"), help="seconds between two kills")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what may be killed")
+    parser.add_argument("--data", type=Path, help="a dataset's folder with image and text features; by default the stand-in is generated")
+    parser.add_argument("-c", "--config", default="", help="overrides of every run; with --faults 0 only the undisturbed one takes place")
     parser.add_argument("--keep", action="store_true", help="keep the directory with all logs")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # whoever ends this script ends its processes
     draw = random.Random(chosen.seed)
     home = Path(tempfile.mkdtemp(prefix="ckd-faults-"))
     overrides = f"{QUICK} training.epochs={chosen.epochs} federation.teacher-epochs=4 federation.student-workers={chosen.students}"
+    keys = dict(pair.split("=", 1) for pair in f"{overrides} {chosen.config}".split())  # the last of a key counts
+    overrides = " ".join(f"{key}={value}" for key, value in keys.items())
     cluster = Processes(home, chosen.students)
     killed: Counter[str] = Counter()
     runs = resumes = lost = 0
     wrong: list[str] = []
     try:
-        cluster.lay_out_data()
+        cluster.lay_out_data(chosen.data)
         cluster.start_all()
         print(f"logs in {home}; the undisturbed run", flush=True)
         reference = Run(cluster, "undisturbed", overrides)
         follow(reference, draw, (), (1e9, 1e9), killed, 0)
-        print(f"  {time.monotonic() - reference.started:6.0f} s, {reference.rounds()} rounds", flush=True)
+        print(f"  {time.monotonic() - reference.started:6.0f} s, {reference.rounds()} rounds{summary(reference.directory)}", flush=True)
         while killed.total() < chosen.faults:
             runs += 1
             print(f"disturbed run {runs}", flush=True)
