@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ckd_fed.analysis.users import load_users
 from ckd_fed.tracking.record import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -42,15 +43,16 @@ def test_from_nothing_to_a_distilled_student(backbone, tmp_path, write_dataset, 
         assert text in out
     (run,) = (tmp_path / "home" / "runs").iterdir()
     rows = read_rows(run / "metrics.jsonl")
-    phases = [row["phase"] for row in rows if row["event"] == "round"]
-    assert phases == ["teachers"] * 2 + ["distillation"] * 2
+    rounds = [row for row in rows if row["event"] == "round"]
+    assert [row["phase"] for row in rounds] == ["teachers"] * 2 + ["distillation"] * 2
     assert rows[-1]["event"] == "final"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.safetensors", "last.safetensors", "state.safetensors"}
     assert list((run / "wandb").rglob("*.wandb"))
     report = (run / "report" / "report.html").read_text()
     assert report.count("<svg") == len(list((run / "report").glob("*.png"))) == 6
     assert set(rows[0]["nodes"]) == {"teacher/image", "teacher/text", "student/0"}
-    assert {"seconds/distil/student/0", "seconds/score/teacher/text"} <= set(rows[-3])  # the last round asks for no scores
+    assert {"seconds/distil/student/0", "seconds/score/teacher/text"} <= set(rounds[-2])  # the last round asks for no scores
+    assert load_users(run / "test_users.npz").values.keys() >= {"teacher/image/recall@20", "plain/recall@20", "student/recall@20"}
     assert not [line for line in _processes() if str(tmp_path) in line]
 
 

@@ -329,6 +329,7 @@ def main() -> None:
             wrong += [f"{run.name}: {line}" for line in found]
             resumes += run.resumes
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked twice to end, it still ends what it started
         cluster.stop()
         if not chosen.keep and not wrong:
             shutil.rmtree(home, ignore_errors=True)
