@@ -50,13 +50,6 @@ class Runner:
         roles = dataset.modalities if distilled else ()
         self.tables = {m: build_trainer(config, select(dataset, (m,)), f"teacher/{m}").soft_scores() for m in roles}
 
-    def epoch_start(self) -> float:
-        """Seconds of what is done once an epoch."""
-        started = time.perf_counter()
-        self.trainer.backbone.train()
-        self.trainer.backbone.start_epoch(0, torch.Generator().manual_seed(0))
-        return time.perf_counter() - started
-
     def steps(self, n: int) -> None:
         """An epoch of n steps."""
         triples = [self.trainer.stream.step(0, step) for step in range(n)]
@@ -64,16 +57,16 @@ class Runner:
         self.trainer.train_epoch(0, sheets or None, triples)
 
     def per_step(self, n: int, rounds: int) -> tuple[float, float]:
-        """Seconds of one step and of the once-an-epoch part."""
+        """Seconds of one step, and of what is done once an epoch (graphs may be built as late as in the first step): from epochs of n and 3 n."""
         self.steps(1)
-        starts = [self.epoch_start() for _ in range(rounds)]
-        times = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            self.steps(n)
-            times.append(time.perf_counter() - started)
-        once = statistics.median(starts)
-        return max(0.0, statistics.median(times) - once) / n, once
+        short, long = ([self._seconds(steps) for _ in range(rounds)] for steps in (n, 3 * n))
+        step = (statistics.median(long) - statistics.median(short)) / (2 * n)
+        return step, max(0.0, statistics.median(short) - n * step)
+
+    def _seconds(self, n: int) -> float:
+        started = time.perf_counter()
+        self.steps(n)
+        return time.perf_counter() - started
 
 
 def shares(runner: Runner, n: int) -> tuple[dict[str, float], list[str]]:
