@@ -15,6 +15,7 @@ from ckd_fed.errors import ReplyError
 from ckd_fed.evaluation.metrics import metric_keys
 from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.training.early_stopping import EarlyStopping
+from ckd_fed.training.fit import validations_due
 from ckd_fed.training.trainer import METRIC
 from ckd_fed.wire import Reply, margin_dtype
 
@@ -228,7 +229,7 @@ def check_worker(
 def _replayed(reply: Reply, config: Config, rows: Sequence[Mapping[str, float]], before: int, last: int, stopping: EarlyStopping) -> tuple[int, int]:
     """Where early stopping ends a lone student's round, and the epoch of its last gain there (0 for none)."""
     chosen, gained = config.training, 0
-    due = [epoch for epoch in range(before + 1, last + 1) if epoch % chosen.validate_every == 0 or epoch == chosen.epochs]
+    due = validations_due(chosen.validate_every, chosen.epochs, before, last)
     said = [row["epoch"] for row in rows]
     for epoch, row in zip(due, rows, strict=False):
         gain = stopping.update(row[f"val/{METRIC}"], epoch)

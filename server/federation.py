@@ -17,8 +17,8 @@ from ckd_fed.evaluation.metrics import RankingMetrics, metric_keys
 from ckd_fed.evaluation.tested import merge_shares
 from ckd_fed.tracking.record import Record
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
+from ckd_fed.training.fit import validations_due
 from ckd_fed.training.trainer import METRIC
-from ckd_fed.wire import margin_dtype
 from server.checkpoints import DISTILLATION, FINISHED, TEACHERS, Learner, RunState, save_state
 from server.checks import (
     FitReport,
@@ -37,8 +37,7 @@ from server.exchange import Ask, Exchange
 from server.recovery import Recovery, Round
 from server.reweighting import Reweighting, average_weights, weighted_mean
 from server.roster import Roster
-
-_LONGEST_STRETCH = 8  # validations of a round: a run should be seen to go on, and little lost when it breaks off
+from server.stretch import grown, sheet_bytes, stretch_epochs
 
 
 class Federation:
@@ -65,6 +64,7 @@ class Federation:
         self.result = RunResult(plan.modalities, record.directory, state.outcomes)
         self.reweighting = Reweighting(tuple(self._weighed(self.teachers)), state.reweighting)
         self.steps = plan.card.n_train // self.config.training.batch_size + 1
+        self.sheet_bytes = sheet_bytes(self.config, plan.card.n_train)
         self._elapsed, self._started = state.elapsed, time.monotonic()
 
     def run(self) -> RunResult:
@@ -159,10 +159,9 @@ class Federation:
                 sheets = self._agreed(first, state.epoch, epochs, state.number + 1)
             taught = list(sheets)
             following = self._stretch(state.epoch + epochs)
-            after = state.number + 1 + max(1, self._validations(state.epoch, epochs))
-            ahead = self._score_asks(state.epoch + epochs, following, after)
+            planned = len(validations_due(config.training.validate_every, config.training.epochs, state.epoch, state.epoch + epochs))
+            ahead = self._score_asks(state.epoch + epochs, following, state.number + 1 + max(1, planned))
             done = self._ask([*self._distil_asks(epochs, sheets), *ahead])
-            planned = self._validations(state.epoch, epochs)
             (rows, best), rounds = self._take_stretch(done, taught, epochs), [first, done]
             if state.workers > 1 and planned:
                 evaluated, metrics = self._evaluate(state.last, "val")
@@ -216,25 +215,12 @@ class Federation:
             state.best = best
             self.record.checkpoint("best", state.best, epoch=state.stopping.best_epoch, round=state.number)
         self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
-        # Several workers are averaged after every stretch, so its length would change the result; a lone student's does not.
-        busy = max(done.busy for done in rounds)
-        if state.workers == 1 and len(rows) == state.stretch and seconds - busy > self.config.federation.messaging_share * seconds:
-            state.stretch = min(_LONGEST_STRETCH, 2 * state.stretch)
+        if state.workers == 1:
+            state.stretch = grown(self.config, state.stretch, len(rows), traffic["seconds/messaging"], seconds)
 
     def _stretch(self, epoch: int) -> int:
-        """Epochs of the round that starts at an epoch: up to a validation, as many validations as a round is to hold, not too many bytes."""
-        chosen = self.config.training
-        left = chosen.epochs - epoch
-        sheet = self.steps * (chosen.batch_size + self.config.distillation.batch_size) * margin_dtype(self.config).itemsize
-        longest = max(1, int(self.config.federation.stretch_mb * 1e6 / sheet)) if self.teachers else left
-        first = chosen.validate_every - epoch % chosen.validate_every
-        further = min(self.state.stretch - 1, (longest - first) // chosen.validate_every)
-        return max(0, min(longest, first + max(0, further) * chosen.validate_every, left))
-
-    def _validations(self, epoch: int, epochs: int) -> int:
-        """Validations of a round of some epochs from an epoch on."""
-        chosen = self.config.training
-        return sum(at % chosen.validate_every == 0 or at == chosen.epochs for at in range(epoch + 1, epoch + epochs + 1))
+        """Epochs of the round that starts at an epoch. Several workers are averaged after each, so there it would change the result."""
+        return stretch_epochs(self.config, epoch, self.state.stretch, self.sheet_bytes if self.teachers else 0)
 
     def _share(self, worker: int) -> int:
         """Steps of an epoch that are a worker's."""

@@ -7,6 +7,7 @@ from ckd_fed.tracking.console import size
 from ckd_fed.wire import margin_dtype
 from server.checkpoints import RunState
 from server.enrolment import Plan
+from server.stretch import sheet_bytes
 
 
 def traffic_lines(state: RunState, plan: Plan, config: Config) -> list[str]:
@@ -22,10 +23,8 @@ def traffic_lines(state: RunState, plan: Plan, config: Config) -> list[str]:
         lines[0] += f", {totals.retries} requests sent again"
     width = max((learner.width for learner in state.learners.values()), default=0)
     if width and totals.margin_bytes:
-        card, chosen = plan.card, config.training
-        item = margin_dtype(config).itemsize
-        steps = card.n_train // chosen.batch_size + 1
-        sheet = steps * (chosen.batch_size + config.distillation.batch_size) * item
+        card, item = plan.card, margin_dtype(config).itemsize
+        sheet = sheet_bytes(config, card.n_train)
         dense, tables = card.n_users * card.n_items * item, (card.n_users + card.n_items) * width * item
         lines.append(
             f"margins: {size(sheet)} an epoch and modality; all scores would be {size(dense)}, a teacher's embedding tables {size(tables)} "

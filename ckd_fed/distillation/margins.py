@@ -44,13 +44,13 @@ def margin_sheet(
         return np.empty((0, 0), dtype=dtype)
     device, limit = teacher.users.device, largest_margin(dtype, bound)
     sheet = np.empty((len(steps), steps[0].ranking.shape[1] + steps[0].distillation.shape[1]), dtype=dtype)
-    for row, triples in zip(sheet, steps, strict=True):
-        users, first, second = torch.from_numpy(np.concatenate([triples.ranking, triples.distillation], axis=1)).long().to(device)
+    for row, step in zip(sheet, steps, strict=True):
+        triples = np.concatenate([step.ranking, step.distillation], axis=1)
+        users, first, second = torch.from_numpy(triples).long().to(device)
         margin = (F.embedding(users, teacher.users) * differences(teacher.items, (first, second))).sum(-1)
         row[:] = margin.clamp(-limit, limit).cpu().numpy()
         if mask is not None:
-            for part, columns in ((triples.ranking, row[: triples.ranking.shape[1]]), (triples.distillation, row[triples.ranking.shape[1] :])):
-                columns[~asked_about(mask, part)] = 0
+            row[~asked_about(mask, triples)] = 0
     return sheet
 
 
@@ -83,8 +83,8 @@ def teacher_margins(
     batch_size = triples.ranking.shape[1]
     for modality, sheet in sheets.items():
         margins = torch.tensor(sheet[row]).to(device=like.device, dtype=like.dtype)  # a copy: sheets from the wire are read-only
-        found[modality] = TeacherMargins(margins[:batch_size], margins[batch_size:])
-        if (mask := (masks or {}).get(modality)) is not None:
-            asked = [torch.from_numpy(asked_about(mask, part)).to(like.device) for part in (triples.ranking, triples.distillation)]
-            found[modality] = TeacherMargins(margins[:batch_size], margins[batch_size:], *asked)
+        asked = []
+        if masks and modality in masks:
+            asked = [torch.from_numpy(asked_about(masks[modality], part)).to(like.device) for part in (triples.ranking, triples.distillation)]
+        found[modality] = TeacherMargins(margins[:batch_size], margins[batch_size:], *asked)
     return found

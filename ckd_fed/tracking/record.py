@@ -41,7 +41,7 @@ class Record:
         <home>/runs/<run>/config.yaml       as resolved
                           metrics.jsonl     one JSON object a line, each flushed to disk before the run goes on
                           checkpoints/      best.safetensors, last.safetensors: the student's parameters
-                          test_users.npz    test metrics of every user (a run in one process)
+                          test_users.npz    test metrics of every user (unless evaluation.user-table=false)
                           wandb/            what W&B writes
 
     Rows carry ``event`` (``start``, ``validation``, ``round``, ``groups``, ``final`` or ``failed``), ``time``, and ``round``, a counter over

@@ -61,7 +61,7 @@ class Fit:
             on_validation: called with each row as it comes.
 
         Returns:
-            One row a validation: ``epoch``, training means since the one before, validation metrics (``val/<metric>``, and
+            One row a validation: ``epoch``, training means since the one before (or the call, if later), validation metrics (``val/<metric>``, and
             ``only/m/<metric>`` for a backbone of several modalities), ``gain`` (1 or 0) and ``seconds``.
         """
         rows: list[Values] = []
@@ -72,7 +72,7 @@ class Fit:
             steps = self.trainer.stream.epoch(self.epoch, self.trainer.share)
             pending.append(self.trainer.train_epoch(self.epoch, sheets(steps) if sheets else None, steps))
             self.epoch += 1
-            if self.epoch % self.validate_every and self.epoch != self.max_epochs:
+            if not validations_due(self.validate_every, self.max_epochs, self.epoch - 1, self.epoch):
                 continue
             row = {"epoch": float(self.epoch), **with_effect_shares(mean_values(pending)), **validate(self.trainer)}
             gain = self.stopping.update(row[f"val/{METRIC}"], self.epoch)
@@ -84,6 +84,11 @@ class Fit:
             if on_validation:
                 on_validation(row)
         return rows
+
+
+def validations_due(validate_every: int, max_epochs: int, after: int, upto: int) -> list[int]:
+    """Epochs at whose end a fit validates, beyond ``after`` and up to ``upto``: every so many, and the last of all."""
+    return [epoch for epoch in range(after + 1, upto + 1) if epoch % validate_every == 0 or epoch == max_epochs]
 
 
 def validate(trainer: Trainer) -> Values:

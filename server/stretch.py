@@ -1,0 +1,46 @@
+"""How many epochs a distillation round holds."""
+
+from __future__ import annotations
+
+from ckd_fed.config import Config
+from ckd_fed.training.fit import validations_due
+from ckd_fed.wire import margin_dtype
+
+LONGEST = 8  # validations of a round: a run should be seen to go on, and little lost when it breaks off
+
+
+def sheet_bytes(config: Config, n_train: int) -> int:
+    """Bytes of margins that a teacher sends for one epoch."""
+    steps = n_train // config.training.batch_size + 1
+    return steps * (config.training.batch_size + config.distillation.batch_size) * margin_dtype(config).itemsize
+
+
+def stretch_epochs(config: Config, epoch: int, validations: int, per_epoch: int) -> int:
+    """Epochs of the round that starts at an epoch; 0 after the last.
+
+    Args:
+        config: of the run.
+        epoch: where it starts.
+        validations: that it is to hold; fewer where that would be more than ``federation.stretch-mb``, and none where an interval between
+            two validations is more than that.
+        per_epoch: bytes of margins of an epoch, 0 without teachers.
+    """
+    chosen = config.training
+    left = chosen.epochs - epoch
+    longest = max(1, int(config.federation.stretch_mb * 1e6 / per_epoch)) if per_epoch else left
+    due = validations_due(chosen.validate_every, chosen.epochs, epoch, min(chosen.epochs, epoch + longest))
+    return due[:validations][-1] - epoch if due else min(longest, left)
+
+
+def grown(config: Config, validations: int, held: int, messaging: float, seconds: float) -> int:
+    """How many validations the rounds of a lone student are to hold from now on: twice as many if messaging took too much of this one.
+
+    Args:
+        config: of the run.
+        validations: that a round was to hold.
+        held: that this one did; a round that was asked for before they grew, or that was cut, says nothing of their present length.
+        messaging: seconds of this round that no node worked.
+        seconds: that it took.
+    """
+    too_much = messaging > config.federation.messaging_share * seconds
+    return min(LONGEST, 2 * validations) if held == validations and too_much else validations

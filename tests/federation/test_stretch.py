@@ -1,0 +1,43 @@
+"""How long a distillation round is, without any federation."""
+
+import pytest
+
+from ckd_fed.config import resolve
+from server.stretch import LONGEST, grown, sheet_bytes, stretch_epochs
+
+
+def config(**given):
+    return resolve({"dataset": "toy", "training.epochs": 23, "training.validate-every": 5}, given)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "validations", "per_epoch", "expected"),
+    [
+        (0, 1, 0, 5),
+        (0, 3, 0, 15),
+        (5, 8, 0, 18),  # to the last epoch, which is validated too
+        (20, 1, 0, 3),
+        (23, 1, 0, 0),
+        (7, 1, 0, 3),  # cut before: up to the next validation
+        (0, 8, 10_000_000, 5),  # 64 MB are 6 epochs, of which 5 are a whole interval
+        (0, 8, 6_000_000, 10),
+        (0, 8, 20_000_000, 3),  # less than an interval: no validation in this round
+        (3, 8, 20_000_000, 2),
+        (0, 1, 10**9, 1),  # an epoch at least
+        (22, 4, 10**9, 1),
+    ],
+)
+def test_epochs_of_a_round(epoch, validations, per_epoch, expected):
+    assert stretch_epochs(config(), epoch, validations, per_epoch) == expected
+
+
+def test_a_round_grows_while_messaging_takes_too_much_of_it():
+    assert grown(config(), 1, 1, messaging=2.0, seconds=10.0) == 2
+    assert grown(config(), 1, 1, messaging=0.9, seconds=10.0) == 1
+    assert grown(config(), 4, 2, messaging=9.0, seconds=10.0) == 4  # asked for before they grew
+    assert grown(config(), LONGEST, LONGEST, messaging=9.0, seconds=10.0) == LONGEST
+    assert grown(config(**{"federation.messaging-share": 1}), 1, 1, messaging=9.9, seconds=10.0) == 1
+
+
+def test_bytes_of_an_epoch_of_baby():
+    assert sheet_bytes(config(), 119_674) == 117 * (1024 + 5000) * 2
