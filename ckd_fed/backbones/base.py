@@ -107,7 +107,10 @@ class Backbone(nn.Module, ABC):
 
     Args:
         train: training interactions; their shape is the number of users and items.
-        features: modality -> item features ``(n_items, dimension)``; the order is the backbone's order of modalities.
+        features: modality -> item features ``(n_items, dimension)``; the order is the backbone's order of modalities. Items that lack the
+            modality have the mean of the others.
+        present: modality -> which items have it, ``(n_items,)`` bool, of modalities that some lack; only for backbones that ask for it, as
+            those do whose item graphs would else have edges of items about which nothing is known.
         l2: weight lambda of the L2 term on the batch's joint embeddings.
     """
 

@@ -42,6 +42,7 @@ def build_backbone(
     options: Mapping[str, Any],
     *,
     seed: int,
+    masks: Mapping[str, np.ndarray] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Backbone:
@@ -52,6 +53,7 @@ def build_backbone(
         train: training interactions.
         features: modality -> ``(n_items, dimension)``; one modality makes a teacher. Read-only arrays are used in place, others copied.
         options: the backbone's own options, for example ``embedding_dim``.
+        masks: modality -> which items have it, ``(n_items,)`` bool; handed on to a backbone whose constructor has ``present``.
         seed: of the initialisation. Parameters are drawn on the CPU, so every device starts from the same ones.
         device, dtype: where and in what precision it lives.
 
@@ -70,9 +72,11 @@ def build_backbone(
                 f"modality {modality!r} cannot be used: a name of letters, digits, - and _ is needed that torch's modules do not use; rename its file"
             )
     tensors = {m: _tensor(x).to(dtype) for m, x in features.items()}
+    takes_masks = "present" in signature(build).parameters
+    present = ({m: torch.from_numpy(masks[m].copy()) for m in features if m in masks},) if masks and takes_masks else ()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = build(train, tensors, **options)
+        backbone = build(train, tensors, *present, **options)
     return backbone.to(device=device, dtype=dtype)
 
 

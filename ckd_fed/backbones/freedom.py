@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View, bpr_loss, half_squares
 from ckd_fed.backbones.gather import margin
 from ckd_fed.backbones.graph import Csr, Propagation, constant_product, light_gcn, symmetric_normalised_adjacency
-from ckd_fed.backbones.item_graph import ItemGraphBackbone, Neighbours, frozen_nearest, share, total
+from ckd_fed.backbones.item_graph import ItemGraphBackbone, Neighbours, share, total
 from ckd_fed.data.interactions import Interactions
 
 EPSILON = 1e-7  # added to every degree, of users and items and of the item graphs
@@ -41,7 +41,7 @@ class FREEDOM(ItemGraphBackbone):
     has its own modality's f_m. The published implementations (authors', MMRec) do not differ.
 
     Args:
-        train, features: see :class:`~ckd_fed.backbones.base.Backbone`.
+        train, features, present: see :class:`~ckd_fed.backbones.base.Backbone`.
         embedding_dim: width d.
         l2: weight of an L2 term on the batch's embeddings; 0 as published.
         neighbours: k.
@@ -59,6 +59,7 @@ class FREEDOM(ItemGraphBackbone):
         self,
         train: Interactions,
         features: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None = None,
         *,
         embedding_dim: int = 64,
         l2: float = 0.0,
@@ -69,12 +70,13 @@ class FREEDOM(ItemGraphBackbone):
         edge_dropout: float = 0.8,
         modality_weight: float = 1e-3,
     ) -> None:
-        super().__init__(train, features, embedding_dim=embedding_dim, l2=l2)
+        super().__init__(train, features, present, embedding_dim=embedding_dim, l2=l2)
         self.n_item_layers, self.n_ui_layers = n_item_layers, n_ui_layers
         self.edge_dropout, self.modality_weight = share("edge_dropout", edge_dropout), modality_weight
         self.weight = mixing_weights(self.modalities, share("image_weight", image_weight))
         dtype = next(iter(features.values())).dtype
-        self.item_graph = nn.ModuleDict({m: Propagation(binary_graph(x, neighbours).to_scipy(), dtype) for m, x in features.items()})
+        graphs = {m: binary_graph(self.nearest(m, neighbours), self.present(m)) for m in features}
+        self.item_graph = nn.ModuleDict({m: Propagation(graph.to_scipy(), dtype) for m, graph in graphs.items()})
         self.propagate = Propagation(symmetric_normalised_adjacency(train, EPSILON), dtype)
         self.edges = Edges(train)
         self._pruned: Csr | None = None
@@ -134,7 +136,7 @@ class FREEDOM(ItemGraphBackbone):
         for m in self.modalities:
             key = (m if m in view else "", id(x))
             if key not in done:
-                done[key] = self.item_graph[m](x) if m in view else x.mean(0)
+                done[key] = self.spread(m, self.item_graph[m](x), x) if m in view else x.mean(0)
             parts.append(self.weight[m] * done[key])
         return total(parts).expand_as(x)
 
@@ -199,10 +201,10 @@ def kept_edges(n: int, dropout: float) -> int:
     return int(n * (1 - dropout))
 
 
-def binary_graph(features: Tensor, k: int) -> Neighbours:
-    """S_m: every one of the k nearest items weighs the same, 1 / (k + epsilon)."""
-    index = frozen_nearest(features, k).index
-    return Neighbours(index, torch.full(index.shape, 1 / (index.shape[1] + EPSILON), dtype=torch.float64))
+def binary_graph(graph: Neighbours, present: Tensor | None = None) -> Neighbours:
+    """S_m: every one of the k nearest items weighs the same, 1 / (k + epsilon); nothing in the rows of items that are not present."""
+    weight = torch.full(graph.index.shape, 1 / (graph.index.shape[1] + EPSILON), dtype=torch.float64)
+    return Neighbours(graph.index, weight if present is None else weight * present.cpu().unsqueeze(1))
 
 
 def mixing_weights(modalities: Sequence[str], image_weight: float) -> dict[str, float]:

@@ -8,6 +8,10 @@ Where the published code leaves the finite numbers, and what is done here instea
 - a feature row of zeros has no cosine (NaN there): it is similar to nothing, and its only neighbour is the item itself;
 - a row whose similarities sum to less than zero has no square root (NaN there): like one that sums to zero, which the published code
   does guard, it takes no part in the normalised graph.
+
+An item that lacks a modality (the published code knows none) is nobody's neighbour in that modality's graph, and its own row is that of an
+absent modality: it receives the mean of all items. That part is of rank one and never written out: the row is empty here, and
+:meth:`ItemGraphBackbone.spread` adds it.
 """
 
 from __future__ import annotations
@@ -99,7 +103,7 @@ def union(graphs: Sequence[Neighbours]) -> Neighbours:
     return Neighbours(torch.cat([graph.index for graph in graphs], 1), torch.cat([graph.weight for graph in graphs], 1))
 
 
-def nearest(x: Tensor, k: int) -> Neighbours:
+def nearest(x: Tensor, k: int, present: Tensor | None = None) -> Neighbours:
     """Each item's k nearest items by cosine similarity (fewer if there are fewer), the item itself included.
 
     The similarities are computed in blocks of rows; the choice is not differentiable, the chosen similarities are.
@@ -107,7 +111,10 @@ def nearest(x: Tensor, k: int) -> Neighbours:
     Args:
         x: ``(n_items, dimension)``.
         k: neighbours an item.
+        present: which items there are, ``(n_items,)`` bool; the others are nobody's neighbour, and their own weights are 0. None for all.
     """
+    if present is not None:
+        return _among(nearest(x[present], k), present)
     unit = F.normalize(x, dim=-1, eps=_TINY)
     k = min(k, len(x))
     with torch.no_grad():
@@ -129,17 +136,27 @@ def nearest(x: Tensor, k: int) -> Neighbours:
     return Neighbours(index, torch.where(empty, alone, weight))
 
 
+def _among(graph: Neighbours, present: Tensor) -> Neighbours:
+    """A graph over some items as one over all: the rows of the others are empty (weights of 0, on themselves)."""
+    found = torch.nonzero(present).squeeze(1)
+    index = torch.arange(len(present), device=present.device).unsqueeze(1).repeat(1, graph.index.shape[1])
+    index[found] = found[graph.index]
+    return Neighbours(index, graph.weight.new_zeros(index.shape).index_copy(0, found, graph.weight))
+
+
 _frozen: OrderedDict[tuple[str, int], Neighbours] = OrderedDict()
 
 
-def frozen_nearest(features: Tensor, k: int) -> Neighbours:
+def frozen_nearest(features: Tensor, k: int, present: Tensor | None = None) -> Neighbours:
     """:func:`nearest` of constant features, on the CPU; remembered by a hash of them, for they cost seconds where features are wide."""
     matrix = np.ascontiguousarray(features.detach().cpu().numpy())
     digest = hashlib.sha256(f"{matrix.dtype} {matrix.shape} ".encode())
     digest.update(matrix.data)
+    if present is not None:
+        digest.update(present.cpu().numpy().tobytes())
     key = (digest.hexdigest(), k)
     if key not in _frozen:
-        _frozen[key] = nearest(torch.from_numpy(matrix), k)
+        _frozen[key] = nearest(torch.from_numpy(matrix), k, None if present is None else present.cpu())
         if len(_frozen) > _KEPT:
             _frozen.popitem(last=False)
     _frozen.move_to_end(key)
@@ -190,12 +207,18 @@ class ItemGraphBackbone(Backbone):
     feature is a parameter.
 
     Args:
-        train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`.
+        train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`.
         embedding_dim: width d of all embeddings.
     """
 
-    def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, embedding_dim: int, l2: float) -> None:
+    def __init__(
+        self, train: Interactions, features: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, *, embedding_dim: int, l2: float
+    ) -> None:
         super().__init__(train, features, l2=l2)
+        self.incomplete = tuple(m for m in features if present and m in present and not present[m].all())
+        for modality in self.incomplete:
+            assert present is not None
+            self.register_buffer(f"present_{modality}", present[modality], persistent=False)
         self.user_embedding = nn.Parameter(torch.empty(self.n_users, embedding_dim))
         self.item_embedding = nn.Parameter(torch.empty(self.n_items, embedding_dim))
         self.drift = nn.ParameterDict({m: nn.Parameter(torch.empty_like(x)) for m, x in features.items()})
@@ -221,10 +244,23 @@ class ItemGraphBackbone(Backbone):
         """e_m, ``(n_items, dimension)``."""
         return self.features(modality) + self.drift[modality]
 
+    def present(self, modality: str) -> Tensor | None:
+        """Which items have the modality, ``(n_items,)`` bool; None where all have it."""
+        return self.get_buffer(f"present_{modality}") if modality in self.incomplete else None
+
+    def spread(self, modality: str, product: Tensor, x: Tensor) -> Tensor:
+        """S_m x, of its product without the rows of the items that lack the modality: they receive the mean of x, ``(n_items, d)``."""
+        present = self.present(modality)
+        return product if present is None else torch.where(present.unsqueeze(1), product, x.mean(0))
+
+    def nearest(self, modality: str, k: int) -> Neighbours:
+        """The k nearest items by the modality's features, :func:`frozen_nearest`."""
+        return frozen_nearest(self.features(modality), k, self.present(modality))
+
     def freeze_graphs(self, k: int, kind: str = "sym") -> None:
         """Keep S^0_m of every modality, the normalised graph of the k nearest items by features, for :meth:`frozen`."""
         for modality in self.modalities:
-            graph = normalise(frozen_nearest(self.features(modality), k), kind)
+            graph = normalise(self.nearest(modality, k), kind)
             self.register_buffer(f"frozen_index_{modality}", graph.index, persistent=False)
             self.register_buffer(f"frozen_weight_{modality}", graph.weight, persistent=False)
 

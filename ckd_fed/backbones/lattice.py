@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Embeddings, Pass, View
 from ckd_fed.backbones.collaborative import Collaborative
-from ckd_fed.backbones.item_graph import ConstantGraph, ItemGraphBackbone, Neighbours, inverse, nearest, share, union
+from ckd_fed.backbones.item_graph import ConstantGraph, ItemGraphBackbone, Neighbours, inverse, nearest, share, total, union
 from ckd_fed.data.interactions import Interactions
 
 
@@ -31,14 +31,14 @@ class LATTICE(ItemGraphBackbone):
     As published, the learned graph is built with gradient for the first training batch of an epoch (after :meth:`start_epoch`) and kept
     without gradient for the others, so W, b, e_m and a get a gradient once an epoch. Evaluation builds it anew.
 
-    An absent modality's graph is uniform: S^1_m is k/N everywhere, sym(S^0_m) is 1/N. Both are of rank one and never written out.
-    Users are the same in every view.
+    An absent modality's graph is uniform: S^1_m is k/N everywhere, sym(S^0_m) is 1/N. Both are of rank one and never written out. The same
+    holds of the row of an item that lacks the modality. Users are the same in every view.
 
     The sums run over any number of modalities. MMRec's and the authors' code agree; Elliot's differs (diagonals set to 1, other
     normalisations) and is not followed. The published learning rate decays by 0.96 every 50 epochs; here it is constant.
 
     Args:
-        train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
+        train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
         embedding_dim: width d.
         neighbours: k.
         frozen_share: lambda.
@@ -53,6 +53,7 @@ class LATTICE(ItemGraphBackbone):
         self,
         train: Interactions,
         features: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None = None,
         *,
         embedding_dim: int = 64,
         l2: float = 1e-5,
@@ -62,7 +63,7 @@ class LATTICE(ItemGraphBackbone):
         n_ui_layers: int = 2,
         collaborative: str = "lightgcn",
     ) -> None:
-        super().__init__(train, features, embedding_dim=embedding_dim, l2=l2)
+        super().__init__(train, features, present, embedding_dim=embedding_dim, l2=l2)
         self.neighbours, self.frozen_share, self.n_item_layers = min(neighbours, self.n_items), share("frozen_share", frozen_share), n_item_layers
         self.modal_weight = nn.Parameter(torch.empty(len(self.modalities)))
         self.collaborative = Collaborative(collaborative, train, embedding_dim, n_ui_layers, next(iter(features.values())).dtype)
@@ -106,7 +107,7 @@ class LATTICE(ItemGraphBackbone):
 
     def learn(self, modalities: Sequence[str]) -> Learned:
         """The learned neighbours of some modalities, and the shares a of all."""
-        graphs = {m: nearest(self.projection[m](self.trained_features(m)), self.neighbours) for m in modalities}
+        graphs = {m: nearest(self.projection[m](self.trained_features(m)), self.neighbours, self.present(m)) for m in modalities}
         return Learned(self.modal_weight.softmax(0), graphs)
 
     def _propagated(self, graph: ItemGraph) -> Tensor:
@@ -118,18 +119,25 @@ class LATTICE(ItemGraphBackbone):
     def _graph(self, view: View, learned: Learned) -> ItemGraph:
         shares = dict(zip(self.modalities, learned.share, strict=True))
         present = [m for m in self.modalities if m in view]
-        missing = sum((a for m, a in shares.items() if m not in view), torch.zeros_like(learned.share[0]))
+        missing = total([learned.share.new_zeros(1, 1), *(a * self._lacking(m, m in view) for m, a in shares.items())])  # (1 or n_items, 1)
         mixed = union([learned.graphs[m].scaled(shares[m]) for m in present]) if present else None
-        degree = (0 if mixed is None else mixed.row_sum()) + (missing * self.neighbours).expand(self.n_items)
-        root = inverse(degree, 0.5)
+        degree = (0 if mixed is None else mixed.row_sum().unsqueeze(1)) + (missing * self.neighbours).expand(self.n_items, 1)
+        root = inverse(degree, 0.5)  # (n_items, 1)
         new, old = 1 - self.frozen_share, self.frozen_share
         near = None
         if mixed is not None:
-            normed = Neighbours(mixed.index, new * root.unsqueeze(1) * mixed.weight * root[mixed.index])
+            normed = Neighbours(mixed.index, new * root * mixed.weight * root.squeeze(1)[mixed.index])
             near = union([normed, *(self.frozen(m).scaled(old * shares[m]) for m in present)])
-        if len(present) == len(self.modalities):
+        if len(present) == len(self.modalities) and not self.incomplete:
             return ItemGraph(near)
-        return ItemGraph(near, root.unsqueeze(1), new * missing * self.neighbours / self.n_items, old * missing)
+        return ItemGraph(near, root, new * missing * self.neighbours / self.n_items, old * missing)
+
+    def _lacking(self, modality: str, in_view: bool) -> Tensor | float:
+        """1 where an item is without the modality in a view, 0 where it has it: a number for all, or ``(n_items, 1)``."""
+        present = self.present(modality)
+        if not in_view:
+            return 1.0
+        return 0.0 if present is None else (~present).unsqueeze(1).to(self.modal_weight.dtype)
 
 
 class Learned(NamedTuple):
@@ -140,12 +148,12 @@ class Learned(NamedTuple):
 
 
 class ItemGraph(NamedTuple):
-    r"""S of one view: a sparse part, and what absent modalities add, :math:`c\,r r^T + \frac{q}{N} 1 1^T`, where there are any.
+    r"""S of one view: a sparse part, and what absent modalities add, :math:`c\,r\,r^T + \frac{q}{N} 1^T`, where there are any.
 
     Attributes:
         near: the sparse part; None where no modality is present.
         root: r, ``(n_items, 1)``; None where none is absent.
-        spread, uniform: the scalars c and q.
+        spread, uniform: c (times each row) and q, the same for all items ``(1, 1)`` or by item ``(n_items, 1)``.
     """
 
     near: Neighbours | ConstantGraph | None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View
 from ckd_fed.backbones.contrastive import checked_temperature, info_nce
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
-from ckd_fed.backbones.item_graph import ItemGraphBackbone, frozen_nearest, normalise, total
+from ckd_fed.backbones.item_graph import ItemGraphBackbone, normalise, total
 from ckd_fed.data.interactions import Interactions
 
 State = tuple[str, bool]  # a modality, present or absent
@@ -45,7 +45,7 @@ class MGCN(ItemGraphBackbone):
     o = Z_m, so the attention and G' have no effect and s = Z_m / 2. There is one published implementation, the authors' (also in MMRec).
 
     Args:
-        train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
+        train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
         embedding_dim: width d.
         neighbours: k.
         n_item_layers, n_ui_layers: L over the item graphs, and layers over the user-item graph.
@@ -59,6 +59,7 @@ class MGCN(ItemGraphBackbone):
         self,
         train: Interactions,
         features: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None = None,
         *,
         embedding_dim: int = 64,
         l2: float = 1e-4,
@@ -68,7 +69,7 @@ class MGCN(ItemGraphBackbone):
         contrastive_weight: float = 0.01,
         temperature: float = 0.2,
     ) -> None:
-        super().__init__(train, features, embedding_dim=embedding_dim, l2=l2)
+        super().__init__(train, features, present, embedding_dim=embedding_dim, l2=l2)
         self.n_item_layers, self.n_ui_layers = n_item_layers, n_ui_layers
         self.contrastive_weight, self.temperature = contrastive_weight, checked_temperature(temperature)
         self.query = nn.Sequential(nn.Linear(embedding_dim, embedding_dim), nn.Tanh(), nn.Linear(embedding_dim, 1, bias=False))
@@ -80,7 +81,7 @@ class MGCN(ItemGraphBackbone):
         to_users = adjacency[: self.n_users, self.n_users :]
         self.to_users = Propagation(to_users, dtype)
         self.register_buffer("user_share", torch.from_numpy(np.asarray(to_users.sum(axis=1)).reshape(-1, 1)).to(dtype), persistent=False)
-        self.item_graph = nn.ModuleDict({m: Propagation(normalise(frozen_nearest(x, neighbours)).to_scipy(), dtype) for m, x in features.items()})
+        self.item_graph = nn.ModuleDict({m: Propagation(normalise(self.nearest(m, neighbours)).to_scipy(), dtype) for m in features})
         self.reset_parameters()
 
     @property
@@ -121,7 +122,7 @@ class MGCN(ItemGraphBackbone):
         if present:
             x = self.item_embedding * gate(linear(self.trained_features(modality))).sigmoid()
             for _ in range(self.n_item_layers):
-                x = self.item_graph[modality](x)
+                x = self.spread(modality, self.item_graph[modality](x), x)
             return torch.cat([self.to_users(x), x])
         mean = self.item_embedding.mean(0) * gate(linear(self.trained_features(modality).mean(0))).sigmoid()  # (d,)
         return torch.cat([self.get_buffer("user_share") * mean, mean.expand(self.n_items, -1)])

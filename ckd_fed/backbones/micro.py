@@ -43,7 +43,7 @@ class MICRO(ItemGraphBackbone):
     published learning rate decays by 0.96 every 50 epochs; here it is constant. There is one published implementation, the authors'.
 
     Args:
-        train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
+        train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
         embedding_dim: width d.
         neighbours: k.
         frozen_share: lambda.
@@ -60,6 +60,7 @@ class MICRO(ItemGraphBackbone):
         self,
         train: Interactions,
         features: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None = None,
         *,
         embedding_dim: int = 64,
         l2: float = 1e-5,
@@ -72,7 +73,7 @@ class MICRO(ItemGraphBackbone):
         collaborative: str = "lightgcn",
         normalisation: str = "sym",
     ) -> None:
-        super().__init__(train, features, embedding_dim=embedding_dim, l2=l2)
+        super().__init__(train, features, present, embedding_dim=embedding_dim, l2=l2)
         self.neighbours, self.frozen_share, self.n_item_layers = neighbours, share("frozen_share", frozen_share), n_item_layers
         self.contrastive_weight, self.temperature, self.normalisation = contrastive_weight, checked_temperature(temperature), normalisation
         self.query = nn.Sequential(nn.Linear(embedding_dim, embedding_dim), nn.Tanh(), nn.Linear(embedding_dim, 1, bias=False))
@@ -115,7 +116,7 @@ class MICRO(ItemGraphBackbone):
         for m, graph in self.item_graphs(present).items():
             z: Tensor = self.item_embedding
             for _ in range(self.n_item_layers):
-                z = graph @ z
+                z = self.spread(m, graph @ z, z)
             states[m, True] = z
         mean = self.item_embedding.mean(0, keepdim=True)
         states.update({(m, False): mean for m in self.modalities if any(m not in view for view in views)})
@@ -132,7 +133,9 @@ class MICRO(ItemGraphBackbone):
         return {m: graphs[m] for m in modalities}
 
     def _graph(self, modality: str) -> Neighbours:
-        learned = normalise(nearest(self.projection[modality](self.trained_features(modality)), self.neighbours), self.normalisation)
+        learned = normalise(
+            nearest(self.projection[modality](self.trained_features(modality)), self.neighbours, self.present(modality)), self.normalisation
+        )
         return union([learned.scaled(1 - self.frozen_share), self.frozen(modality).scaled(self.frozen_share)])
 
     def _fused(self, view: View, states: Mapping[tuple[str, bool], Tensor], scores: Mapping[tuple[str, bool], Tensor]) -> Tensor:

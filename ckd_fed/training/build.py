@@ -67,7 +67,7 @@ def build_trainer(
     dataset = hide(dataset, config.data.hidden_shares, config.seed)
     features = {m: dense_features(dataset, m) for m in dataset.modalities}
     seed = derive_key("ckd-init-1", config.seed, role) & 0x7FFFFFFF
-    backbone = build_backbone(config.backbone, dataset.train, features, config.model, seed=seed, device=device)
+    backbone = build_backbone(config.backbone, dataset.train, features, config.model, seed=seed, masks=dataset.masks, device=device)
     # Threads that share small matrices gain nothing, and where another process wants a core they wait for each other at every
     # operation: two of them took 100 times as long as one on the stand-in.
     automatic = _DEFAULT_THREADS if backbone.dense_work > _WORTH_SHARING else 1

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dense_graphs import nearest as nearest_of_those
 
 from ckd_fed.backbones import item_graph
 from ckd_fed.backbones.item_graph import Neighbours, frozen_nearest, nearest, normalise, union
@@ -133,3 +134,15 @@ def test_a_frozen_graph_is_made_once_for_the_same_features_and_k(monkeypatch):
     for seed in range(3):
         frozen_nearest(draw(N, 5, seed=seed), 2)
     assert frozen_nearest(x, 4) is not one
+
+
+@pytest.mark.parametrize("k", [4, N])
+def test_items_that_are_not_there_are_nobodys_neighbours(k):
+    x, present = draw(N, 5), torch.arange(N) % 4 != 2
+    graph = nearest(x, k, present)
+    torch.testing.assert_close(dense(graph), nearest_of_those(x, k, present), rtol=1e-12, atol=1e-14)
+    assert not dense(graph)[:, ~present].any()
+    assert not dense(graph)[~present].any()
+    assert frozen_nearest(x, k, present) is frozen_nearest(x, k, present.clone())
+    assert frozen_nearest(x, k, present) is not frozen_nearest(x, k)
+    assert dense(frozen_nearest(x, k, present)).equal(dense(graph))
