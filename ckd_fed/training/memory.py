@@ -11,13 +11,17 @@ from torch import Tensor
 
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset
-from ckd_fed.data.features import features_fingerprint
+from ckd_fed.data.missing import hide
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.fit import Fit
 from ckd_fed.training.trainer import Values
 
-# What a learner of phase 1 does not depend on. Everything else counts, so that a key added later counts too.
-_BESIDE = ("distillation.", "tracking.", "name", "recipe", "plain", "home", "data.", "federation.", "evaluation.calibrate")
+# What a learner of phase 1 does not depend on, or depends on through its data, which count as they are. Everything else counts, so that
+# a key added later counts too.
+_BESIDE = (
+    "distillation.", "tracking.", "name", "recipe", "plain", "home", "federation.", "evaluation.calibrate",
+    "data.dir", "data.modalities", "data.standin", "data.missing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class TeacherMemory:
 def learner_key(config: Config, dataset: Dataset, role: str) -> str:
     """Equal for two runs exactly if a learner of phase 1 comes out the same in both: data, backbone, seed, training, role."""
     modalities = [role.removeprefix("teacher/")] if role.startswith("teacher/") else list(dataset.modalities)
-    features = {m: features_fingerprint(dataset.features[m]) for m in modalities}
+    hidden = hide(dataset, config.data.hidden_shares, config.seed)
+    features = {m: one for m, one in hidden.feature_fingerprints().items() if m in modalities}
     beside = (*_BESIDE, "balancing.") if role.startswith("teacher/") else _BESIDE
     settings = {key: value for key, value in config.flat().items() if not key.startswith(beside)}
     return json.dumps([role, modalities, dataset.fingerprint, features, config.teacher_round, settings], sort_keys=True)

@@ -1,5 +1,8 @@
 """Remembered teachers are the teachers that training would give."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from ckd_fed.config import resolve
@@ -56,5 +59,11 @@ def test_what_changes_a_learner_changes_its_key(config, make_dataset):
         assert learner_key(config(**different), dataset, "plain") != plain
     assert learner_key(config(balancing__method="modality-dropout"), dataset, "teacher/image") == teacher
     assert learner_key(config(balancing__method="modality-dropout"), dataset, "plain") != plain
+    hidden = config(data__missing="image:0.3")
+    assert learner_key(hidden, dataset, "teacher/image") != teacher
+    assert learner_key(hidden, dataset, "plain") != plain
+    assert learner_key(hidden, dataset, "teacher/text") == learner_key(config(), dataset, "teacher/text")
+    masked = dataclasses.replace(dataset, masks={"image": np.arange(dataset.n_items) > 3})
+    assert learner_key(config(), masked, "teacher/image") != teacher
     assert learner_key(config(), dataset, "teacher/text") != teacher
     assert learner_key(config(), other, "teacher/image") != teacher
