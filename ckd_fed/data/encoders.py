@@ -18,10 +18,11 @@ def find_encoder(name: str) -> Encoder:
     """An encoder by name.
 
     Args:
-        name: a model of sentence-transformers, or ``module:function`` for a function of one's own from texts to ``(n, dimension)``.
+        name: a model of sentence-transformers (downloaded where it is not yet there) or the folder of a saved one, or ``module:function``
+            for a function of one's own from texts to ``(n, dimension)``.
 
     Raises:
-        DataError: sentence-transformers, an extra, is not installed, or the function is not there.
+        DataError: sentence-transformers, an extra, is not installed, the model cannot be had, or the function is not there.
     """
     module, colon, function = name.partition(":")
     if colon:
@@ -37,7 +38,14 @@ def find_encoder(name: str) -> Encoder:
             f"the encoder {name!r} needs sentence-transformers; install it with pip install 'ckd_fed[encode]', give vectors computed elsewhere with "
             "--text-vectors FILE, or a function of your own with --encoder module:function"
         ) from None
-    model = SentenceTransformer(name)
+    try:
+        model = SentenceTransformer(name)
+    except Exception as error:  # of whatever kind: the library's own, the hub's, the network's
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            f"the encoder {name!r} cannot be loaded: {reason}; name a model that this machine can download or the folder of one saved elsewhere, or "
+            "give vectors computed elsewhere with --text-vectors FILE"
+        ) from None
     return lambda texts: np.asarray(model.encode(list(texts), batch_size=64, show_progress_bar=True), dtype=np.float32)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ def encoder(tmp_path, monkeypatch):
         "def short(texts):\n    return np.ones((1, 3), dtype=np.float32)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as where the extra is not installed
     return "tiny_encoder:encode"
 
 
