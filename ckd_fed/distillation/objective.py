@@ -40,14 +40,21 @@ class ModalityTerms:
     effect: Tensor  # (B,)
     weight: Tensor  # (B,)
     asked: Tensor | None = None  # (B,) bool; None for all
+    asked_pairs: Tensor | None = None  # (K,) bool; None for all
 
-    def means(self, *, counterfactual: bool) -> dict[str, Tensor]:
-        """Scalars for the log, over the samples that the teacher was asked about; with effect and weight where they mean anything."""
+    def means(self, *, counterfactual: bool) -> dict[str, tuple[Tensor, Tensor | float]]:
+        """Scalars for the log, with effect and weight where they mean anything.
+
+        Returns:
+            Name -> mean over the samples that the teacher was asked about, and their share of all: what the mean counts for when steps
+            are averaged.
+        """
+        pairs = 1.0 if self.asked_pairs is None else self.asked_pairs.double().mean()
         values = {"specific": self.specific, **({"effect": self.effect, "weight": self.weight} if counterfactual else {})}
         if self.asked is None:
-            return {"generic": self.generic, **{name: value.mean() for name, value in values.items()}}
-        n = self.asked.sum().clamp(min=1)
-        return {"generic": self.generic, **{name: (value * self.asked).sum() / n for name, value in values.items()}}
+            return {"generic": (self.generic, pairs), **{name: (value.mean(), 1.0) for name, value in values.items()}}
+        n, share = self.asked.sum().clamp(min=1), self.asked.double().mean()
+        return {"generic": (self.generic, pairs), **{name: ((value * self.asked).sum() / n, share) for name, value in values.items()}}
 
 
 @dataclass
@@ -121,7 +128,8 @@ class DistillationObjective:
         for m in taught:
             h = specific_loss(teachers[m].ranking, margins[only[m]])
             g = generic_loss(teachers[m].distillation, output.distillation[only[m]], self.temperature, teachers[m].asked_distillation)
-            parts[m] = ModalityTerms(margins[only[m]], h, g, effects[m], weights[m], teachers[m].asked_ranking)
+            asked_of_m = teachers[m].asked_ranking, teachers[m].asked_distillation
+            parts[m] = ModalityTerms(margins[only[m]], h, g, effects[m], weights[m], *asked_of_m)
             if self.specific:
                 per_sample = per_sample + weights[m] * h
             if self.generic:

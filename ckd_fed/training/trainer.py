@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from ckd_fed.backbones.base import Backbone, Embeddings, Triples, View
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
+from ckd_fed.distillation.effects import LOWEST
 from ckd_fed.distillation.margins import teacher_margins
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput
 from ckd_fed.errors import TrainingError
@@ -79,7 +81,8 @@ class Trainer:
 
         Returns:
             Means over the steps: ``loss/total`` and its terms; with distillation, per modality m ``effect/m``, ``weight/m``,
-            ``specific/m`` and ``generic/m``; without effects and weights where scores do not depend on features.
+            ``specific/m`` and ``generic/m``, over the samples that its teacher was asked about (the least effect and weight 0 where that
+            is none); without effects and weights where scores do not depend on features.
 
         Raises:
             TrainingError: a loss is not finite.
@@ -89,7 +92,7 @@ class Trainer:
         if steps is None:
             steps = self.stream.epoch(epoch, self.share)
         like = next(self.backbone.parameters())
-        sums: dict[str, Tensor] = {}
+        means: dict[str, Mean] = {}
         self.backbone.train()
         self.backbone.start_epoch(epoch, self._generator(epoch))
         self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
@@ -103,8 +106,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
             self.balancing.step(self.backbone, self.optimizer)
-            _accumulate(sums, output, counterfactual=self.backbone.scores_use_features)
-        values = {name: float(total) / max(1, len(steps)) for name, total in sums.items()}
+            _accumulate(means, output, counterfactual=self.backbone.scores_use_features)
+        values = {name: mean.compute(LOWEST if name.startswith("effect/") else 0.0) for name, mean in means.items()}
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
@@ -210,11 +213,28 @@ def _triples(array: np.ndarray, device: torch.device) -> Triples:
     return Triples(*torch.from_numpy(array).long().to(device))
 
 
-def _accumulate(sums: dict[str, Tensor], output: ObjectiveOutput, *, counterfactual: bool) -> None:
+@dataclass
+class Mean:
+    """A weighted mean over steps, kept on the device and read once."""
+
+    total: Tensor | float = 0.0
+    weight: Tensor | float = 0.0
+
+    def update(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
+        self.total = self.total + value.detach().double() * weight
+        self.weight = self.weight + weight
+
+    def compute(self, nothing: float) -> float:
+        """The mean, or ``nothing`` where no step had any weight."""
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else nothing
+
+
+def _accumulate(means: dict[str, Mean], output: ObjectiveOutput, *, counterfactual: bool) -> None:
     """Add a step's numbers, on the device and without waiting for it; effects and weights only where they mean anything."""
-    values = {"loss/total": output.loss, **{f"loss/{name}": term for name, term in output.terms.items()}}
+    values: dict[str, tuple[Tensor, Tensor | float]] = {"loss/total": (output.loss, 1.0)}
+    values.update({f"loss/{name}": (term, 1.0) for name, term in output.terms.items()})
     for modality, part in output.modalities.items():
-        values.update({f"{name}/{modality}": value for name, value in part.means(counterfactual=counterfactual).items()})
-    for name, value in values.items():
-        value = value.detach().double()
-        sums[name] = sums[name] + value if name in sums else value
+        values.update({f"{name}/{modality}": pair for name, pair in part.means(counterfactual=counterfactual).items()})
+    for name, pair in values.items():
+        means.setdefault(name, Mean()).update(*pair)

@@ -111,7 +111,10 @@ def test_a_teacher_that_was_not_asked_has_no_part(student, n_modalities, reweigh
     counted = teachers[m].asked_ranking
     means = output.modalities[m].means(counterfactual=True)
     for name in ("specific", "effect", "weight"):
-        assert means[name].item() == pytest.approx(getattr(output.modalities[m], name)[counted].mean().item())
+        mean, share = means[name]
+        assert mean.item() == pytest.approx(getattr(output.modalities[m], name)[counted].mean().item())
+        assert share.item() == pytest.approx(counted.double().mean().item())
+    assert means["generic"][1].item() == pytest.approx(teachers[m].asked_distillation.double().mean().item())
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model, output.loss).values())
 
 

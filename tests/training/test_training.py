@@ -1,6 +1,7 @@
 """Trainer and Fit: the arithmetic of a step, stretches, the best snapshot, and that the thing learns."""
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -12,6 +13,7 @@ from ckd_fed.backbones.base import Triples
 from ckd_fed.backbones.build import build_backbone
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.triples import TripleStream
+from ckd_fed.distillation.effects import LOWEST
 from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.distillation.objective import DistillationObjective
 from ckd_fed.errors import TrainingError
@@ -296,6 +298,27 @@ def test_a_distilled_worker_without_a_step_trains_nothing(make_trainer, sheets):
     before = parameters(trainer)
     Fit(trainer, max_epochs=1, validate_every=1, patience=10).advance(sheets=sheets)
     assert_equal_bits(parameters(trainer), before)
+
+
+def test_epoch_means_are_over_the_samples_that_a_teacher_was_asked_about(make_trainer, backbone_name, sheets, problem, monkeypatch):
+    """A modality that few items have: most steps ask its teacher about nothing, and must not pull its means towards 0."""
+    if backbone_name not in ("vbpr", "mmgcn"):
+        pytest.skip("what is counted does not depend on the backbone")
+    outputs, real = [], DistillationObjective.__call__
+    monkeypatch.setattr(DistillationObjective, "__call__", lambda *given: outputs.append(real(*given)) or outputs[-1])
+    trainer = make_trainer(distilled=True)
+    few, none = np.arange(problem.n_items) % 3 == 0, np.arange(problem.n_items) == 3  # no pair of different items has the second
+    trainer.dataset = dataclasses.replace(problem, masks={"text": few, "audio": none})
+    trainer.stream = TripleStream(problem.train, problem.fingerprint, 3, 4, 6)
+    steps = trainer.stream.epoch(0)
+    values = trainer.train_epoch(0, sheets(steps), steps)
+    asked = [output.modalities["text"].asked for output in outputs]
+    assert any(mask.any() for mask in asked)
+    assert not all(mask.any() for mask in asked)
+    for name in ("effect", "weight", "specific"):
+        counted = torch.cat([getattr(output.modalities["text"], name)[mask] for output, mask in zip(outputs, asked, strict=True)])
+        assert values[f"{name}/text"] == pytest.approx(counted.double().mean().item(), rel=1e-6)
+    assert (values["effect/audio"], values["weight/audio"], values["specific/audio"]) == (LOWEST, 0.0, 0.0)
 
 
 def test_sheets_and_objective_go_together(make_trainer, sheets):
