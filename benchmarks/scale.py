@@ -30,6 +30,17 @@ from ckd_fed.training.build import build_trainer
 SIZES = ((20_000, 7_000, 120_000), (100_000, 50_000, 1_000_000), (500_000, 150_000, 5_000_000), (2_000_000, 500_000, 20_000_000))
 QUICK = ((2_000, 700, 12_000), (4_000, 1_400, 24_000))
 WIDTHS = {"image": 128, "text": 64}
+COLUMNS = {
+    "build, s": "{build_s:.1f}",
+    "once an epoch, s": "{once_s:.2f}",
+    "step, ms": "{step_ms:.0f}",
+    "epoch, min": "{epoch_min:.1f}",
+    "million triples/s": "{million_triples_per_s:.1f}",
+    "evaluation, min": "{evaluation_min:.1f}",
+    "parameters, gradients and Adam, MB": "{state_mb:.0f}",
+    "margins of 5 epochs and one modality, MB": "{stretch_mb:.0f}",
+    "peak memory, MB (after the data)": "{peak_mb:.0f} ({data_mb:.0f})",
+}
 SAMPLE = 2_000  # users of an evaluation
 MB = 1 << 20
 
@@ -69,9 +80,9 @@ def child(backbone: str, n_users: int, n_items: int, n_train: int, threads: int,
         "build_s": built,
         "once_s": once,
         "step_ms": 1000 * seconds,
-        "epoch_s": once + seconds * trainer.stream.steps_per_epoch,
-        "triples_per_s": rate,
-        "evaluation_s": evaluated,
+        "epoch_min": (once + seconds * trainer.stream.steps_per_epoch) / 60,
+        "million_triples_per_s": rate / 1e6,
+        "evaluation_min": evaluated / 60,
         "state_mb": 4 * 4 * parameters / MB,
         "stretch_mb": config.training.validate_every * trainer.stream.steps_per_epoch * margins * 2 / MB,
         "peak_mb": peak_mb(),
@@ -92,12 +103,8 @@ def main() -> None:
         print(json.dumps(child(backbone, *map(int, size), arguments.threads, arguments.steps)))  # type: ignore[call-arg]
         return
     print(f"features {', '.join(f'{m} {width}-d' for m, width in WIDTHS.items())}; {arguments.threads} CPU thread(s), torch {torch.__version__}\n")
-    print(
-        "| backbone | users | items | training interactions | build, s | once an epoch, s | step, ms | epoch, min | million triples/s | evaluation, min ",
-        end="",
-    )
-    print("| parameters, gradients and Adam, MB | margins of 5 epochs and one modality, MB | peak memory, MB (after the data) |")
-    print("|---" * 13 + "|", flush=True)
+    print(f"| backbone | users | items | training interactions | {' | '.join(COLUMNS)} |")
+    print("|---" * (4 + len(COLUMNS)) + "|", flush=True)
     for backbone in arguments.backbones:
         for size in QUICK if arguments.quick else SIZES[: arguments.sizes]:
             options = ["--threads", str(arguments.threads), "--steps", str(arguments.steps)]
@@ -105,15 +112,10 @@ def main() -> None:
             shown = f"| {backbone} | " + " | ".join(f"{n:,}" for n in size)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]
-                print(f"{shown} | failed: {reason} |" + " |" * 8, flush=True)
+                print(f"{shown} | failed: {reason} |" + " |" * (len(COLUMNS) - 1), flush=True)
                 continue
             row = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"{shown} | {row['build_s']:.1f} | {row['once_s']:.2f} | {row['step_ms']:.0f} | {row['epoch_s'] / 60:.1f} | {row['triples_per_s'] / 1e6:.1f} ",
-                end="",
-            )
-            print(f"| {row['evaluation_s'] / 60:.1f} | {row['state_mb']:.0f} | {row['stretch_mb']:.0f} ", end="")
-            print(f"| {row['peak_mb']:.0f} ({row['data_mb']:.0f}) |", flush=True)
+            print(f"{shown} | {' | '.join(form.format(**row) for form in COLUMNS.values())} |", flush=True)
 
 
 if __name__ == "__main__":
