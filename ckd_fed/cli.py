@@ -52,11 +52,10 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
 def _train(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from ckd_fed.data.locate import resolve_for_data
     from ckd_fed.tracking.live import LiveProgress
-    from ckd_fed.training.central import train
+    from ckd_fed.training.central import configure, train
 
-    config, console = resolve_for_data(parse_overrides(arguments.config)), Console()
+    config, console = configure(parse_overrides(arguments.config)), Console()
     if not console.is_terminal:
         train(config)
         return

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ckd_fed.checkpoint import load_checkpoint, save_checkpoint
-from ckd_fed.errors import ConfigError, DataError
+from ckd_fed.errors import DataError
 from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.tracking.result import Outcome
 from ckd_fed.training.early_stopping import EarlyStopping
@@ -142,22 +138,3 @@ def load_state(directory: Path) -> RunState:
 def _user_test(prefix: str, arrays: dict[str, np.ndarray], groups: list[dict[str, Any]]) -> UserTest:
     values = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     return UserTest(values.pop("users"), values, groups)
-
-
-@contextmanager
-def sole_writer(directory: Path) -> Iterator[None]:
-    """Hold a run's directory for this process; the operating system lets go of it however the process ends.
-
-    Raises:
-        ConfigError: another process is writing this run.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is writing {directory}; wait for it, or end it, before this run is started or resumed") from None
-        yield
-    finally:
-        os.close(handle)

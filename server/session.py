@@ -17,11 +17,11 @@ from ckd_fed.errors import CkdError, ConfigError, DataError, EnrolmentError
 from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking.console import no_counterfactual_notice
-from ckd_fed.tracking.record import Record, run_name
+from ckd_fed.tracking.record import Record, run_name, sole_writer
 from ckd_fed.tracking.result import RunResult
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.early_stopping import EarlyStopping
-from server.checkpoints import FINISHED, RunState, load_state, sole_writer
+from server.checkpoints import FINISHED, RunState, load_state
 from server.enrolment import Plan, different_features, enrol
 from server.exchange import Exchange
 from server.federation import Federation

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -183,3 +185,22 @@ def run_name(config: Config, suffix: str = "") -> str:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     backbone = config.backbone.replace(":", "-")  # module:Class
     return config.name or "-".join(part for part in (config.dataset, backbone, stamp, suffix) if part)
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Hold a run's directory for this process; the operating system lets go of it however the process ends.
+
+    Raises:
+        ConfigError: another process is writing this run.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is writing {directory}; wait for it, or end it, before this run is started or resumed") from None
+        yield
+    finally:
+        os.close(handle)

@@ -183,7 +183,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(toy, federate, kill, refuses
 
 
 def test_two_processes_cannot_write_one_run(toy, federate, kill, refuses):
-    from server.checkpoints import sole_writer
+    from ckd_fed.tracking.record import sole_writer
 
     kill(SMALL, 12, answered=True, run="run")
     with sole_writer(toy / "runs/run"):

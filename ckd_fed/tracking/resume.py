@@ -1,0 +1,59 @@
+"""The configuration of a run that is gone on with: its own, and of what is given only what does not decide its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ckd_fed.config import Config, flatten, resolve
+from ckd_fed.errors import ConfigError, DataError
+
+# What may be set anew when a run is gone on with; everything else decides its result.
+FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "federation.", "tracking.")
+FIXED = ("federation.teacher_epochs", "federation.student_workers")
+
+
+def find_run(runs: Path, name: str) -> Path:
+    """The directory of a run that is to be gone on with.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    directory = runs / name
+    if not (directory / "config.yaml").is_file():
+        there = sorted(path.name for path in runs.iterdir() if (path / "config.yaml").is_file()) if runs.is_dir() else []
+        raise ConfigError(f"resume: there is no run {name!r} in {runs} (runs there: {', '.join(there[-5:]) or 'none'})")
+    return directory
+
+
+def resumed_config(directory: Path, given: Mapping[str, Any], fixed: tuple[str, ...] = FIXED) -> Config:
+    """A run's own configuration; what is given may repeat it, or change what does not decide the result.
+
+    Args:
+        directory: of the run.
+        given: overrides, ``resume`` among them.
+        fixed: keys within :data:`FREE` that may not be changed all the same.
+
+    Raises:
+        ConfigError: a key would change the result.
+        DataError: the run's configuration is damaged.
+    """
+    try:
+        own = {key: value for key, value in flatten(yaml.safe_load((directory / "config.yaml").read_text())).items() if value != ""}
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise DataError(f"resume: {directory / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from None
+    wanted = {key: value for key, value in flatten(given).items() if value != ""}
+
+    def is_free(key: str) -> bool:
+        return key not in fixed and any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+
+    for key, value in wanted.items():
+        if not is_free(key) and own.get(key, "") != value:
+            shown = key.replace("_", "-")
+            raise ConfigError(
+                f"resume: {shown} is {value!r} here, the run {directory.name!r} has {own.get(key, '')!r}; leave {shown} out, or start a new run"
+            )
+    return resolve(own, {key: value for key, value in wanted.items() if is_free(key)})
