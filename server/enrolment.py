@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from ckd_fed.config import Config
 from ckd_fed.errors import EnrolmentError, LostError, ReplyError, unknown
-from ckd_fed.wire import NodeCard, read_card
-from server.exchange import Ask, Exchange
+from ckd_fed.wire import NodeCard
+from server.checkpoints import RunState
+from server.exchange import LONGEST, SHORTEST, Exchange
+from server.introductions import Introductions
 
-_SETTLE = 1.0  # seconds between looks for new nodes
+_GRACE = 20.0  # seconds for the answers of further nodes, once all roles are taken: a message takes 6 to 16 s in a deployment
 
 
 @dataclass(frozen=True)
@@ -56,61 +58,70 @@ class Plan:
         return [f"  {role:<18} node {node} on {self.cards[node].host} ({self.cards[node].device})" for role, node in roles]
 
 
-def enrol(exchange: Exchange, write: Callable[[str], None], absent: Sequence[str] = ()) -> Plan:
+def enrol(exchange: Exchange, write: Callable[[str], None], state: RunState | None = None) -> Plan:
     """Wait until the nodes needed are there and agree, up to ``federation.enrol-timeout``.
+
+    Nobody is waited for longer than needed: once all roles are taken, nodes that are silent have a little time left, because one of them
+    may have played a role before. In a run that is gone on with they have it all; and where a role is missing while a node is silent,
+    which may still train for a request from before, they have up to ``federation.node-timeout``.
 
     Args:
         exchange: with the nodes.
         write: prints one line.
-        absent: modalities whose teacher is not waited for, because the run that is gone on with has dropped it.
+        state: of the run that is gone on with; None for a new one.
 
     Raises:
         EnrolmentError: what is missing at the deadline; at once what cannot be mended by waiting (different splits or code, a
             modality that is unknown, or has two teachers with different features, data that a node cannot use).
     """
-    config = exchange.config
-    deadline = time.monotonic() + config.federation.enrol_timeout
+    limits, started = exchange.config.federation, time.monotonic()
+    deadline = settled = started + limits.enrol_timeout
+    last = max(deadline, started + limits.node_timeout) if state else deadline
+    introductions = Introductions(exchange)
     cards: dict[int, NodeCard] = {}
-    missing = "no node has connected"
+    said, pause = "", SHORTEST
     while True:
         connected = set(exchange.grid.get_node_ids())
         cards = {node: card for node, card in cards.items() if node in connected}  # who has gone meanwhile may come back
-        new = sorted(connected - set(cards))
-        if new:
-            cards.update(_ask_cards(exchange, new, max(1.0, deadline - time.monotonic()), write))
+        answers = introductions.look(connected - set(cards), last - time.monotonic() + 2 * LONGEST)  # no answer is given up before the end
+        new = _cards(answers, write)
+        cards |= new
+        plan, missing = None, f"no node has {'answered' if connected else 'connected'}"
         if cards:
-            plan, missing = assign(config, cards, absent)
-            if plan:
+            plan, missing = assign(exchange.config, cards, tuple(state.dropped) if state else ())
+        now, silent = time.monotonic(), introductions.silent
+        busy = f"connected, no answer yet (perhaps still busy with an earlier request): {', '.join(f'node {node}' for node in silent)}"
+        if plan:
+            settled = settled if state else min(settled, now + _GRACE)
+            if not silent or now >= settled:
+                if silent:
+                    write(f"going on without some nodes; {busy}")
                 return plan
-        if time.monotonic() >= deadline:
+            line = f"all roles are taken; {busy}"
+        elif now >= (last if silent else deadline):
             there = ", ".join(full_name(node, card) for node, card in cards.items()) or "none"
-            raise EnrolmentError(f"after {config.federation.enrol_timeout:.0f} s (federation.enrol-timeout) {missing}; nodes there: {there}")
-        if new:
-            write(f"waiting for nodes: {missing}" if missing else "waiting for nodes")
-        time.sleep(min(_SETTLE, max(0.0, deadline - time.monotonic())))
+            setting = "node-timeout" if now >= last > deadline else "enrol-timeout"
+            raise EnrolmentError(f"after {now - started:.0f} s (federation.{setting}) {missing}; nodes there: {there}{f'; {busy}' if silent else ''}")
+        elif now >= deadline:
+            line = f"waiting up to {last - started:.0f} s (federation.node-timeout): {missing}; {busy}"
+        else:
+            line = f"waiting for nodes: {missing}" if cards else said
+        if line != said:
+            write(line)
+            said = line
+        pause = SHORTEST if new else LONGEST if answers else min(LONGEST, pause * 1.5)  # one that is lost is asked again, but not at once
+        time.sleep(pause)
 
 
-def _ask_cards(exchange: Exchange, nodes: list[int], timeout: float, write: Callable[[str], None]) -> dict[int, NodeCard]:
-    """Cards of nodes; one that was lost while it was asked is left out, one that says why it cannot take part ends the run."""
-    cards, failed = ask_cards(exchange, nodes, timeout)
+def _cards(answers: Mapping[int, NodeCard | ReplyError], write: Callable[[str], None]) -> dict[int, NodeCard]:
+    """The cards among answers; a node that was lost while it was asked is left out, one that says why it cannot take part ends the run."""
+    failed = {node: answer for node, answer in answers.items() if isinstance(answer, ReplyError)}
     for node in [node for node, error in failed.items() if isinstance(error, LostError)]:
         write(f"node {node} was lost at enrolment: {failed.pop(node)}")
     reasons = list(dict.fromkeys(str(error).partition(": ")[2] if len(failed) > 1 else str(error) for error in failed.values()))
     if reasons:
         raise EnrolmentError("; ".join(reasons))
-    return cards
-
-
-def ask_cards(exchange: Exchange, nodes: list[int], timeout: float) -> tuple[dict[int, NodeCard], dict[int, ReplyError]]:
-    """Ask nodes who they are: node -> card, and node -> why it has none."""
-    good, failed = exchange.ask_once([(Ask(0, "enrol", f"node/{node}"), node) for node in nodes], timeout)
-    cards: dict[int, NodeCard] = {}
-    for node, answer in good.items():
-        try:
-            cards[node] = read_card(answer)
-        except ReplyError as error:
-            failed[node] = error
-    return cards, failed
+    return {node: card for node, card in answers.items() if isinstance(card, NodeCard)}
 
 
 def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str] = ()) -> tuple[Plan | None, str]:

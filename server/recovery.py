@@ -95,7 +95,7 @@ class Recovery:
                     self._failed(task, str(answer), idle, result)
                 else:
                     result.answers[task.ask.action, task.ask.role] = answer
-            for key in [key for key, (_, item) in waiting.items() if time.monotonic() - item.since > self._limits.reply_timeout]:
+            for key in [key for key, (_, item) in waiting.items() if time.monotonic() > item.until]:
                 task, item = waiting.pop(key)
                 late = f"no reply to {item.stamp} within {self._limits.reply_timeout:.0f} s (federation.reply-timeout)"
                 self._failed(task, late, idle, result)
@@ -119,7 +119,7 @@ class Recovery:
                 task.absent_since = None
                 due.append((task, node))
         sent: dict[str, tuple[_Task, Sent]] = {}
-        items = self._exchange.send([(task.ask, node) for task, node in due]) if due else []
+        items = self._exchange.send([(task.ask, node) for task, node in due], self._limits.reply_timeout) if due else []
         for (task, node), item in zip(due, items, strict=True):
             result.sent_bytes += item.n_bytes
             if item.message_id:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ckd_fed.errors import ReplyError
 from ckd_fed.wire import NodeCard
-from server.enrolment import Plan, ask_cards, full_name, held
+from server.enrolment import Plan, full_name, held
 from server.exchange import Exchange
+from server.introductions import Introductions
 
 _ENROL_SECONDS = 90.0  # a newcomer's time to introduce itself; in a deployment a message takes 6 to 16 s
 _ENROL_TRIES = 3
@@ -33,6 +35,7 @@ class Roster:
         self.nodes |= {f"student/{worker}": node for worker, node in enumerate(plan.students)}
         self.nodes["plain"] = plan.students[0]
         self._own = plan.card
+        self._introductions = Introductions(exchange)
         self._tries: dict[int, int] = {}
 
     def locate(self, role: str, *, avoid: bool = False) -> int | None:
@@ -43,10 +46,10 @@ class Roster:
             avoid: the present node failed repeatedly, so another one is taken if there is one.
         """
         connected = set(self._exchange.grid.get_node_ids())
+        self._meet(connected - set(self.cards))
         present = self.nodes[role]
         if present in connected and not avoid:
             return present
-        self._enrol(connected - set(self.cards))
         others = [node for node in connected if node != present and self._can_play(node, role)]
         if others:
             chosen = max(others, key=lambda node: (held(self.cards[node]).get(role, -1), -node))
@@ -68,16 +71,14 @@ class Roster:
         together = ("student/0", "plain") if role in ("student/0", "plain") else (role,)
         return {node for name, node in self.nodes.items() if name not in together}
 
-    def _enrol(self, newcomers: set[int]) -> None:
-        """Ask newcomers who they are; one that cannot take part is said and left alone."""
-        asked = [node for node in sorted(newcomers) if self._tries.get(node, 0) < _ENROL_TRIES]
-        if not asked:
-            return
-        cards, failed = ask_cards(self._exchange, asked, _ENROL_SECONDS)
-        for node, error in failed.items():
-            self._tries[node] = self._tries.get(node, 0) + 1
-            self._write(f"node {node} has come and cannot take part: {error}")
-        for node, card in cards.items():
+    def _meet(self, newcomers: set[int]) -> None:
+        """Ask newcomers who they are, and take in who has answered; one that cannot take part is said and left alone."""
+        asked = {node for node in newcomers if self._tries.get(node, 0) < _ENROL_TRIES}
+        for node, card in self._introductions.look(asked, _ENROL_SECONDS).items():
+            if isinstance(card, ReplyError):
+                self._tries[node] = self._tries.get(node, 0) + 1
+                self._write(f"node {node} has come and cannot take part: {card}")
+                continue
             wrong = self._disagreement(card)
             self.cards[node] = replace(card, role="unfit") if wrong else card
             self._write(f"{full_name(node, card)} has come{f' and cannot take part: {wrong}' if wrong else ''}")

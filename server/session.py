@@ -62,7 +62,7 @@ def run_federation(grid: Grid, given: Mapping[str, Any], flower_run_id: int, wri
     with sole_writer(directory):
         write(f"ckd_fed {code_version()}: run {name}, waiting for nodes (up to {config.federation.enrol_timeout:.0f} s)")
         exchange = Exchange(grid, run, config)
-        plan = enrol(exchange, write, absent=tuple(state.dropped) if state else ())
+        plan = enrol(exchange, write, state)
         if plan.card.standin and not state:
             config = resolve(given, standin=True)
             exchange = Exchange(grid, run, config)

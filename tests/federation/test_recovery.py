@@ -1,5 +1,7 @@
 """Nodes that fail, vanish, come back or are replaced: no round is lost, and what cannot be mended is handled as configured."""
 
+import time
+
 import numpy as np
 import pytest
 from flwr.app import Error, Message
@@ -198,6 +200,22 @@ def test_a_newcomer_with_other_data_does_not_take_over(tmp_path, homes, write_da
     assert "did not come back within" in str(caught.value)
     assert "resume=" in str(caught.value)
     assert [line for line in lines if "cannot take part: it holds another split" in line]
+
+
+def test_a_silent_newcomer_holds_up_nobody_else(homes, federate):
+    nodes = homes("image", "text", "student")
+    grid = leave_at(
+        type(federate.grid()),
+        nodes,
+        lambda m: kind(m) == "score" and m.content["request"]["role"] == "teacher/text",
+        lambda configs: configs.update({76: {}, 77: configs[1002]}),
+    )
+    answering = grid.pull_messages
+    grid.pull_messages = lambda keys: answering([key for key in keys if grid._waiting[key].metadata.dst_node_id != 76])
+    started = time.monotonic()
+    _, _, federation = federate(SMALL, nodes=grid)
+    assert federation.roster.nodes["teacher/text"] == 77
+    assert time.monotonic() - started < 60
 
 
 def gone_for_good(federate, nodes, role, action="score"):
