@@ -72,7 +72,7 @@ def enrol(exchange: Exchange, write: Callable[[str], None], state: RunState | No
 
     Raises:
         EnrolmentError: what is missing at the deadline; at once what cannot be mended by waiting (different splits or code, a
-            modality that is unknown, or has two teachers with different features, data that a node cannot use).
+            modality that is unknown, or has two teachers with different features, students that differ, data that a node cannot use).
     """
     limits, started = exchange.config.federation, time.monotonic()
     deadline = settled = started + limits.enrol_timeout
@@ -167,10 +167,11 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
                 f"is asked about those only, so give both the same {modality}_mask.npy (or none, if all items have it)"
             )
     for node in students[1:]:
-        if set(cards[node].modalities.split(",")) != set(cards[students[0]].modalities.split(",")):
+        unlike = different_students(cards[students[0]], cards[node])
+        if unlike:
             raise EnrolmentError(
-                f"two student nodes have different modalities: {full_name(students[0], cards[students[0]])} {cards[students[0]].modalities}, "
-                f"{full_name(node, cards[node])} {cards[node].modalities}; set data.modalities or give both the same files"
+                f"two student nodes have different {unlike}: {full_name(students[0], cards[students[0]])} and {full_name(node, cards[node])}; "
+                "they are averaged or stand in for one another, so give both the same files (or set data.modalities)"
             )
     if config.distillation.enabled:
         absent = [m for m in modalities if m not in teachers and m not in dropped]
@@ -254,6 +255,16 @@ def different_features(plan: Plan) -> list[str]:
     """Modalities whose teacher holds other features than the student: allowed (a teacher may have better ones), but worth saying."""
     student = json.loads(plan.card.features)
     return [m for m, node in plan.teachers.items() if json.loads(plan.cards[node].features).get(m) != student.get(m)]
+
+
+def different_students(card: NodeCard, other: NodeCard) -> str:
+    """In what two students differ, modalities, features or masks; empty if in nothing."""
+    if set(card.modalities.split(",")) != set(other.modalities.split(",")):
+        return f"modalities ({card.modalities} and {other.modalities})"
+    first, second = json.loads(card.features), json.loads(other.features)
+    for m in (m for m in first if first[m] != second.get(m)):
+        return f"masks of {m}" if mask_of(card, m) != mask_of(other, m) else f"features of {m}"
+    return ""
 
 
 def full_name(node: int, card: NodeCard) -> str:

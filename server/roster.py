@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ckd_fed.errors import ReplyError
 from ckd_fed.wire import NodeCard
-from server.enrolment import Plan, full_name, held
+from server.enrolment import Plan, different_students, full_name, held
 from server.exchange import Exchange
 from server.introductions import Introductions
 
@@ -89,6 +89,8 @@ class Roster:
             return f"it runs other code, {card.code} instead of {self._own.code}"
         if card.split != self._own.split:
             return f"it holds another split, {card.split[:12]} instead of {self._own.split[:12]}"
+        if card.role == "student" and (unlike := different_students(self._own, card)):
+            return f"the run's students have different {unlike}"
         known = [other for other in self.cards.values() if other.role == "teacher" == card.role and other.modality == card.modality]
         if known and known[0].features != card.features:
             return f"its {card.modality} features differ from those of the run's teacher"

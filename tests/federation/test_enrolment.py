@@ -87,6 +87,8 @@ def test_what_is_missing_is_named_and_may_still_come(cards, missing):
         ({5: teacher("text", split="x" * 64), 6: student()}, ["different splits", "xxxxxxxxxxxx", "ssssssssssss", "train.json"]),
         ({5: teacher("text", code="0.2.0+bbbbbbbb"), 6: student()}, ["different code", "0.2.0+bbbbbbbb", "0.1.0+aaaaaaaa"]),
         ({5: student(), 6: student(modalities="image,text,audio")}, ["different modalities", "image,text,audio"]),
+        ({5: student(), 6: student(features=json.dumps({"image": "i", "text": "other"}))}, ["different features of text", "node 5", "node 6"]),
+        ({5: student(), 6: student(features=json.dumps({"image": "i+abc", "text": "t"}))}, ["different masks of image", "node 5", "node 6"]),
     ],
 )
 def test_what_waiting_cannot_mend_fails_at_once(cards, mentions):

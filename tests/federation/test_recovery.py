@@ -282,6 +282,21 @@ def test_a_spare_student_takes_over(homes, federate):
     assert [line for line in lines if "optimiser started anew" in line]
 
 
+def test_a_spare_student_with_other_features_does_not_take_over(tmp_path, homes, write_dataset, federate, refuses):
+    nodes = homes("image", "text", "student")
+    other = write_dataset("other", n_users=60, n_items=40)
+    np.save(other / "text_feat.npy", np.load(other / "text_feat.npy") + 1)
+    grid = leave_at(
+        type(federate.grid()),
+        nodes,
+        lambda m: kind(m) == "distil",
+        lambda configs: configs.update({77: {**nodes[2], "data-dir": str(other), "home": str(tmp_path / "home/other")}}),
+    )
+    lines = []
+    refuses(ReplyError, lambda: federate(SMALL, nodes=grid, write=lines.append), "did not come back within")
+    assert [line for line in lines if "node 77" in line and "cannot take part: the run's students have different features of text" in line]
+
+
 def test_a_late_reply_to_an_earlier_request_is_not_used(tmp_path, homes, federate):
     """The first try's answer comes in place of the second's: its nonce gives it away, and the third try counts."""
     nodes = homes("image", "text", "student")
