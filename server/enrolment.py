@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ckd_fed.config import Config
 from ckd_fed.errors import EnrolmentError, LostError, ReplyError, unknown
@@ -27,6 +27,7 @@ class Plan:
         spare: nodes without a role; a second teacher of a modality is its hot spare.
         cards: node id -> what it said of itself.
         modalities: of the student, in order.
+        lost: modality -> why its teacher, which the run that is gone on with had, is given up.
     """
 
     teachers: Mapping[str, int]
@@ -34,6 +35,7 @@ class Plan:
     spare: tuple[int, ...]
     cards: Mapping[int, NodeCard]
     modalities: tuple[str, ...]
+    lost: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def card(self) -> NodeCard:
@@ -63,7 +65,8 @@ def enrol(exchange: Exchange, write: Callable[[str], None], state: RunState | No
 
     Nobody is waited for longer than needed: once all roles are taken, nodes that are silent have a little time left, because one of them
     may have played a role before. In a run that is gone on with they have it all; and where a role is missing while a node is silent,
-    which may still train for a request from before, they have up to ``federation.node-timeout``.
+    which may still train for a request from before, they have up to ``federation.node-timeout``. A teacher that has not come by then is
+    given up under ``federation.on-lost-teacher=drop``.
 
     Args:
         exchange: with the nodes.
@@ -101,7 +104,12 @@ def enrol(exchange: Exchange, write: Callable[[str], None], state: RunState | No
         elif now >= (last if silent else deadline):
             there = ", ".join(full_name(node, card) for node, card in cards.items()) or "none"
             setting = "node-timeout" if now >= last > deadline else "enrol-timeout"
-            raise EnrolmentError(f"after {now - started:.0f} s (federation.{setting}) {missing}; nodes there: {there}{f'; {busy}' if silent else ''}")
+            reason = f"after {now - started:.0f} s (federation.{setting}) {missing}; nodes there: {there}{f'; {busy}' if silent else ''}"
+            without = _without_lost(exchange.config, cards, state, reason) if state and cards else None
+            if without and limits.on_lost_teacher == "drop":
+                return without
+            hint = '; federation.on-lost-teacher="drop" would go on without it' if without else ""
+            raise EnrolmentError(reason + hint)
         elif now >= deadline:
             line = f"waiting up to {last - started:.0f} s (federation.node-timeout): {missing}; {busy}"
         else:
@@ -111,6 +119,14 @@ def enrol(exchange: Exchange, write: Callable[[str], None], state: RunState | No
             said = line
         pause = SHORTEST if new else LONGEST if answers else min(LONGEST, pause * 1.5)  # one that is lost is asked again, but not at once
         time.sleep(pause)
+
+
+def _without_lost(config: Config, cards: Mapping[int, NodeCard], state: RunState, reason: str) -> Plan | None:
+    """A plan without the teachers that a run had and that have not come; None if that is no help, or none would be left."""
+    there = {card.modality for card in cards.values() if card.role == "teacher"}
+    lost = {m: reason for m in state.modalities if m not in there and m not in state.dropped}
+    plan, _ = assign(config, cards, [*state.dropped, *lost])
+    return replace(plan, lost=lost) if plan and set(plan.teachers) - set(state.dropped) else None
 
 
 def _cards(answers: Mapping[int, NodeCard | ReplyError], write: Callable[[str], None]) -> dict[int, NodeCard]:

@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Error, Message
 
 from ckd_fed.checkpoint import load_checkpoint, load_state
-from ckd_fed.errors import ReplyError
+from ckd_fed.errors import EnrolmentError, ReplyError
 from ckd_fed.tracking.record import read_rows
 from clients import node as client_node
 
@@ -236,6 +236,27 @@ def test_drop_goes_on_with_the_others(action, tmp_path, homes, federate):
     last = [row for row in rows if row["event"] == "round" and row["phase"] == "distillation"][-1]
     assert "weight/text" not in last
     assert last["weight/image"] + last["weight/audio"] == pytest.approx(2)
+    assert load_state(tmp_path / "runs/run/checkpoints/state.safetensors")["dropped"].keys() == {"text"}
+
+
+@pytest.mark.parametrize("action", ["fit", "score"])
+def test_a_run_is_gone_on_with_though_its_teacher_is_gone_for_good(action, tmp_path, homes, federate, refuses):
+    nodes = homes("image", "text", "student")
+    refuses(ReplyError, lambda: federate(SMALL, nodes=gone_for_good(federate, nodes, "teacher/text", action), run="run"), 'resume="run"')
+    resume = {"resume": "run", "federation.on-lost-teacher": "drop"}
+    left = [nodes[0], nodes[2]]
+    refuses(EnrolmentError, lambda: federate({"resume": "run"}, nodes=left), "the teacher of text is missing", 'on-lost-teacher="drop"')
+    refuses(EnrolmentError, lambda: federate(resume, nodes=[nodes[2]]), "the teacher of image and of text is missing")
+    refuses(EnrolmentError, lambda: federate({**SMALL, "federation.on-lost-teacher": "drop"}, nodes=left, run="new"), "the teacher of text")
+    lines = []
+    result, _, federation = federate(resume, nodes=left, write=lines.append)
+    assert federation.teachers == ["image"]
+    assert result.outcomes["student"].test
+    assert [line for line in lines if line.startswith("!! teacher text is DROPPED") and "the teacher of text is missing" in line]
+    rows = read_rows(tmp_path / "runs/run/metrics.jsonl")
+    assert [row["modality"] for row in rows if row["event"] == "dropped"] == ["text"]
+    last = [row for row in rows if row["event"] == "round" and row["phase"] == "distillation"][-1]
+    assert "weight/text" not in last
     assert load_state(tmp_path / "runs/run/checkpoints/state.safetensors")["dropped"].keys() == {"text"}
 
 
