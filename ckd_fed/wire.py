@@ -35,11 +35,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from ckd_fed.config import Config, resolve
 from ckd_fed.distillation.margins import DTYPES
-from ckd_fed.errors import LostError, ReplyError
+from ckd_fed.errors import FinalError, LostError, ReplyError
 
 PROTOCOL = 3
 _RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
 _KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|specific|generic|sum"
+MODALITY = re.compile(r"[\w.\- ]+")  # names that metrics may hold
 _METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
 QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
@@ -175,10 +176,10 @@ def reply(
     return Message(content, reply_to=to)
 
 
-def refusal(to: Message, stamp: Stamp | None, reason: str) -> Message:
-    """A node's answer when it cannot do what was asked, with the reason in one line."""
+def refusal(to: Message, stamp: Stamp | None, reason: str, *, final: bool = False) -> Message:
+    """A node's answer when it cannot do what was asked, with the reason in one line, and whether it would say the same again."""
     bound = stamp or Stamp("", "", -1, "", "")
-    content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(bound), "error": reason})})
+    content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(bound), "error": reason, "final": final})})
     seal(content, "reply")
     return Message(content, reply_to=to)
 
@@ -291,7 +292,7 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
     """Check a reply's stamp against the request's.
 
     Raises:
-        ReplyError: the node failed, refused, or answered something else than it was asked.
+        ReplyError: the node failed, refused (:class:`FinalError` if for good), or answered something else than it was asked.
     """
     if message.has_error():
         kind = ReplyError if message.error.code == _RAISED else LostError
@@ -304,10 +305,10 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
         raise ReplyError(f"{expected}: the node speaks another wire protocol than {PROTOCOL}; install the same version of ckd_fed everywhere")
     if values.pop("digest", None) != digest(content, "reply"):
         raise ReplyError(f"{expected}: the reply is damaged: its contents do not match its digest")
-    error = values.pop("error", "")
+    error, final = values.pop("error", ""), values.pop("final", False)
     got = {item.name: values.pop(item.name, None) for item in fields(Stamp)}
     if error:
-        raise ReplyError(f"{expected.role}: {_short(str(error))}")
+        raise (FinalError if final is True else ReplyError)(f"{expected.role}: {_short(str(error))}")
     if got != asdict(expected):
         wrong = ", ".join(f"{name} {got[name]!r} instead of {value!r}" for name, value in asdict(expected).items() if got[name] != value)
         raise ReplyError(f"{expected}: the reply is bound to something else ({wrong}); it is not used")

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckd_fed.config import Config
+from ckd_fed.data.missing import check_hidden
 from ckd_fed.errors import EnrolmentError, LostError, ReplyError, unknown
-from ckd_fed.wire import NodeCard
+from ckd_fed.wire import MODALITY, NodeCard
 from server.checkpoints import RunState
 from server.exchange import LONGEST, SHORTEST, Exchange
 from server.introductions import Introductions
@@ -76,6 +77,7 @@ def enrol(exchange: Exchange, write: Callable[[str], None], state: RunState | No
     Raises:
         EnrolmentError: what is missing at the deadline; at once what cannot be mended by waiting (different splits or code, a
             modality that is unknown, or has two teachers with different features, students that differ, data that a node cannot use).
+        ConfigError: at once, a modality that is to be hidden and that nobody has.
     """
     limits, started = exchange.config.federation, time.monotonic()
     deadline = settled = started + limits.enrol_timeout
@@ -151,7 +153,7 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
         A plan and "", or None and what is still missing.
 
     Raises:
-        EnrolmentError: what waiting cannot mend.
+        EnrolmentError, ConfigError: what waiting cannot mend.
     """
     _agree(cards)
     simulated = {node: card for node, card in cards.items() if not card.role}
@@ -173,7 +175,7 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
     students = _in_order([node for node, card in cards.items() if card.role == "student"], cards)
     if not students:
         return None, 'a student node is missing (role="student")'
-    modalities = config.modalities or tuple(cards[students[0]].modalities.split(","))
+    modalities = _modalities(config, cards[students[0]])
     for modality, node in teachers.items():
         if modality not in modalities:
             raise EnrolmentError(f"{full_name(node, cards[node])} enrolled for an {unknown('modality', modality, modalities)}")
@@ -232,13 +234,31 @@ def _deal(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, s
     if len(cards) < expected:
         return None, f"{expected - len(cards)} of {expected} simulated nodes are missing"
     nodes = sorted(cards, key=lambda node: cards[node].partition)
-    modalities = config.modalities or tuple(cards[nodes[0]].modalities.split(","))
+    modalities = _modalities(config, cards[nodes[0]])
     roles = list(modalities) if config.distillation.enabled else []
     teachers = {m: nodes[index % len(nodes)] for index, m in enumerate(roles)}
     free = nodes[len(roles) :]
     workers = free[: config.federation.student_workers] or [nodes[len(roles) % len(nodes)]]
     workers = workers[: _steps(config, cards[workers[0]])]
     return Plan(teachers, tuple(workers), tuple(node for node in free if node not in workers), cards, modalities), ""
+
+
+def _modalities(config: Config, card: NodeCard) -> tuple[str, ...]:
+    """The modalities of a run: those configured, or all that a student has.
+
+    Raises:
+        EnrolmentError: one whose name no metric could hold.
+        ConfigError: one that is to be hidden is not among them.
+    """
+    for modality in json.loads(card.features):
+        if not MODALITY.fullmatch(modality):
+            raise EnrolmentError(
+                f"the modality {modality!r} cannot be the name of a metric; rename {modality}_feat.npy on every node: letters, digits, spaces and "
+                "the characters _ . - can be used"
+            )
+    modalities = config.modalities or tuple(card.modalities.split(","))
+    check_hidden(config.data.hidden_shares, modalities)
+    return modalities
 
 
 def _steps(config: Config, card: NodeCard) -> int:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from ckd_fed.config import Config, flatten, resolve
 from ckd_fed.data.locate import standin_notice
-from ckd_fed.errors import CkdError, ConfigError, DataError, EnrolmentError
+from ckd_fed.errors import ConfigError, DataError, EnrolmentError, FinalError, ReplyError
 from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking.console import no_counterfactual_notice
@@ -111,7 +111,7 @@ def _run(exchange: Exchange, plan: Plan, directory: Path, state: RunState, flowe
         record.finish(result, federation.elapsed)
     except BaseException as error:
         record.fail(f"{type(error).__name__}: {error}")
-        if isinstance(error, CkdError):
+        if isinstance(error, ReplyError) and not isinstance(error, FinalError):
             raise type(error)(f"{error}; to go on from the last finished round: -c 'resume=\"{directory.name}\"'") from None
         raise
     finally:

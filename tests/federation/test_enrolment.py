@@ -9,7 +9,7 @@ from flwr.app import Error, Message
 from loopback import LoopbackGrid
 
 from ckd_fed.config import resolve
-from ckd_fed.errors import EnrolmentError
+from ckd_fed.errors import ConfigError, EnrolmentError
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.wire import NodeCard
 from server.checkpoints import RunState
@@ -98,6 +98,19 @@ def test_what_waiting_cannot_mend_fails_at_once(cards, mentions):
     assert "\n" not in message
     for mention in mentions:
         assert mention in message
+
+
+@pytest.mark.parametrize("cards", [{5: teacher("text"), 6: student(), 7: teacher("image")}, simulated(3)])
+def test_settings_that_cannot_come_true_fail_before_anybody_trains(cards, refuses):
+    refuses(ConfigError, lambda: assign(config(**{"data.missing": "audoi:0.3"}), cards), "data.missing", "unknown modality 'audoi'", "image, text")
+    assert assign(config(**{"data.missing": "text:0.3"}), cards)[0]
+
+
+@pytest.mark.parametrize("name", ["clip+bert", "a,b", "a@b"])
+@pytest.mark.parametrize("role", ["student", ""])
+def test_a_modality_whose_name_no_metric_could_hold_is_refused(name, role, refuses):
+    card = replace(CARD, role=role, partitions=1, modalities=f"image,{name}", features=json.dumps({"image": "i", name: "t"}))
+    refuses(EnrolmentError, lambda: assign(config(), {5: card}), f"{name}_feat.npy", "rename")
 
 
 def test_a_second_teacher_of_a_modality_is_its_hot_spare():

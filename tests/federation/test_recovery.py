@@ -318,6 +318,16 @@ def test_a_spare_student_with_other_features_does_not_take_over(tmp_path, homes,
     assert [line for line in lines if "node 77" in line and "cannot take part: the run's students have different features of text" in line]
 
 
+def test_a_failure_that_would_come_again_is_not_tried_again(homes, federate, refuses):
+    """Nor does the error say that resuming would help."""
+    nodes = homes("image", "text", "student")
+    lines = []
+    overrides = {**SMALL, "training.learning-rate": 1e30, "federation.on-lost-teacher": "wait"}
+    message = refuses(ReplyError, lambda: federate(overrides, nodes=nodes, write=lines.append), "lower training.learning-rate")
+    assert "resume" not in message
+    assert not [line for line in lines if "trying again" in line]
+
+
 def test_a_late_reply_to_an_earlier_request_is_not_used(tmp_path, homes, federate):
     """The first try's answer comes in place of the second's: its nonce gives it away, and the third try counts."""
     nodes = homes("image", "text", "student")
