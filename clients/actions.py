@@ -205,13 +205,11 @@ def _at_epoch(request: Request, node: Node, model: Fit, share: tuple[int, int]) 
     run, role, first = request.stamp.run, request.stamp.role, int(request.values["from-epoch"])
     if model.epoch == first:
         return model, False
-    model = node.fresh(role, share)
-    workspace = node.workspace(run, role)
-    if first and workspace.previous.is_file():
-        workspace.load(model, previous=True)
+    if first:
+        model, _ = node.saved(run, role, share, previous=True)
         if model.epoch == first:
             return model, False
-        model = node.fresh(role, share)
+    model = node.fresh(role, share)
     model.epoch = first
     return model, first > 0
 

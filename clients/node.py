@@ -16,8 +16,9 @@ from ckd_fed.backbones.build import backbone_class
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.locate import locate
-from ckd_fed.errors import ConfigError, unknown
+from ckd_fed.errors import ConfigError, DataError, unknown
 from ckd_fed.home import code_version, home
+from ckd_fed.tracking.console import write
 from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
 from ckd_fed.wire import NodeCard
@@ -121,8 +122,21 @@ class Node:
         cached = _FITS.pop(workspace.path, None)
         if cached and cached.state_id == workspace.state_id() and (cached.exact or not exact):
             return cached.fit, cached.state
-        fit = self.fresh(role, share)
-        return fit, workspace.load(fit) if workspace.exists else {}
+        return self.saved(run, role, share)
+
+    def saved(self, run: str, role: str, share: tuple[int, int] = (0, 1), *, previous: bool = False) -> tuple[Fit, dict[str, Any]]:
+        """A role's model as it lies on disk (or the one before it), and the values saved beside it; fresh where nothing does.
+
+        A file that is damaged is set aside: going on without it is what a node with an empty disk would do.
+        """
+        workspace, fit = self.workspace(run, role), self.fresh(role, share)
+        if not (workspace.previous if previous else workspace.path).is_file():
+            return fit, {}
+        try:
+            return fit, workspace.load(fit, previous=previous)
+        except DataError as error:
+            write(f"!! {error}; it is set aside as {workspace.set_aside(previous=previous).name}, and {role} goes on as if it had been lost")
+            return self.fresh(role, share), {}  # the other one may be half restored
 
     def fresh(self, role: str, share: tuple[int, int] = (0, 1)) -> Fit:
         """A role's model before its first epoch."""

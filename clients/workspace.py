@@ -81,8 +81,16 @@ class Workspace:
         return state
 
     def state_id(self) -> str:
-        """Id of the state on disk; empty where there is none."""
-        return str(load_state(self.path)["id"]) if self.exists else ""
+        """Id of the state on disk; empty where there is none, or a damaged one."""
+        try:
+            return str(load_state(self.path)["id"]) if self.exists else ""
+        except (DataError, KeyError, TypeError):
+            return ""
+
+    def set_aside(self, *, previous: bool = False) -> Path:
+        """Rename a damaged state (or the one before it), to be looked at by people; returns its new path."""
+        path = self.previous if previous else self.path
+        return path.replace(path.with_name(f"{path.name}.damaged"))
 
     def _keep(self) -> None:
         """Give the file of the present state a second name; there is no moment without a whole state."""

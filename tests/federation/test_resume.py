@@ -138,6 +138,33 @@ def test_a_student_that_lost_its_workspace_is_said_to_start_its_optimiser_anew(t
     assert result.outcomes["student"].test
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_workspace_is_set_aside_and_counts_as_lost(toy, federate, kill, capsys):
+    federate(SMALL, run="undisturbed")
+    kill(SMALL, 14, answered=True, run="run")
+    state = toy / "workspace/run-000001/teacher-text/state.safetensors"
+    cut(state)
+    federate({"resume": "run", "name": ""})
+    same(toy, "run", "undisturbed")
+    assert state.with_name("state.safetensors.damaged").is_file()
+    assert [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line and "set aside as state.safetensors.damaged" in line]
+
+
+def test_a_students_damaged_states_are_set_aside_both(toy, federate, kill):
+    kill(SMALL, 21, answered=True, run="run")
+    folder = toy / "workspace/run-000001/student-0"
+    for name in ("state", "previous"):
+        cut(folder / f"{name}.safetensors")
+    lines = []
+    result, _, _ = federate({"resume": "run", "name": ""}, write=lines.append)
+    assert [line for line in lines if "student/0 had no workspace" in line]
+    assert result.outcomes["student"].test
+    assert {path.name for path in folder.glob("*.damaged")} == {"state.safetensors.damaged", "previous.safetensors.damaged"}
+
+
 def test_a_name_that_is_used_again_finds_no_old_workspace(toy, federate, kill):
     kill({**SMALL, "seed": 1}, 9, answered=True, run="run")
     shutil.rmtree(toy / "runs/run")
