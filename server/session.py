@@ -29,7 +29,7 @@ from server.traffic import traffic_lines
 
 # What may be set anew when a run is gone on with; everything else decides its result.
 FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "federation.", "tracking.")
-_FIXED = ("federation.teacher_epochs", "federation.student_workers")
+_FIXED = ("federation.teacher_epochs", "federation.student_workers", "federation.stretch_mb")  # the last decides when workers are averaged
 
 
 @dataclass

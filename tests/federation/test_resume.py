@@ -181,6 +181,7 @@ def test_what_cannot_be_resumed(toy, federate, kill, refuses):
         ConfigError, lambda: federate({**resume, "training.epochs": 13}), "training.epochs is 13 here", "'run' has 12", "leave training.epochs out"
     )
     refuses(ConfigError, lambda: federate({**resume, "federation.student-workers": 2}), "federation.student-workers is 2 here")
+    refuses(ConfigError, lambda: federate({**resume, "federation.stretch-mb": 32.0}), "federation.stretch-mb is 32.0 here", "'run' has 64.0")
     refuses(ConfigError, lambda: federate({**resume, "name": "other"}), "name is 'other' here")
     federate({**resume, "training.epochs": 12, "federation.retry-limit": 7})  # repeated, and changed where nothing depends on it
     refuses(ConfigError, lambda: federate(resume), "'run' is finished")
