@@ -16,7 +16,8 @@ distil     one of several student workers  weights, sheets of margins with their
 evaluate   student worker                  weights, part of the split, share of the users   sums of metrics; of a test by user and group
 =========  ==============================  ===============================================  ============================================
 
-Features, interactions and a teacher's parameters appear in none of them.
+Features, interactions and a teacher's parameters appear in none of them. Every reply but a card says by fingerprints what it was made with
+(:class:`Holdings`), because a node may have been given other files or code since it enrolled.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from ckd_fed.config import Config, resolve
 from ckd_fed.distillation.margins import DTYPES
 from ckd_fed.errors import FinalError, LostError, ReplyError
 
-PROTOCOL = 3
+PROTOCOL = 4
 _RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
 _KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|specific|generic|sum"
 MODALITY = re.compile(r"[\w.\- ]+")  # names that metrics may hold
@@ -108,6 +109,21 @@ class NodeCard:
     held: str
 
 
+@dataclass(frozen=True)
+class Holdings:
+    """What decides the outcome of a node's work.
+
+    Attributes:
+        code: version and source hash of the installed packages.
+        split: fingerprint of its split.
+        features: modality -> fingerprint of the features (and mask) that its role opens.
+    """
+
+    code: str
+    split: str
+    features: Mapping[str, str]
+
+
 def draw_nonce() -> str:
     """128 random bits."""
     return secrets.token_hex(16)
@@ -166,7 +182,10 @@ def read_request(message: Message) -> Request:
 def reply(
     to: Message, stamp: Stamp, metrics: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None, **values: Any
 ) -> Message:
-    """A node's answer: its stamp, numbers (floats, or lists of them), arrays and further scalars (``busy``: seconds it took)."""
+    """A node's answer: its stamp, numbers (floats, or lists of them), arrays and further scalars.
+
+    Two of these are every reply's: ``busy``, the seconds it took, and ``holds``, a node's :class:`Holdings` as JSON.
+    """
     content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "error": "", **values})})
     if metrics:
         content["metrics"] = MetricRecord(dict(metrics))
@@ -188,7 +207,7 @@ def refusal(to: Message, stamp: Stamp | None, reason: str, *, final: bool = Fals
 class Reply:
     """A reply whose stamp and digest have been checked; its parts are read through methods that check them.
 
-    ``busy`` is the time in seconds that the node says it worked; what a round took beyond that is messaging.
+    ``busy`` is the time in seconds that the node says it worked; what a round took beyond that is messaging. ``holds`` is what it worked with.
     """
 
     stamp: Stamp
@@ -196,7 +215,8 @@ class Reply:
     metrics: dict[str, Any]
     arrays: dict[str, Array]
     n_bytes: int
-    busy: float = 0.0
+    busy: float
+    holds: Holdings | None
 
     def text(self, name: str) -> str:
         """A string among the values."""
@@ -319,7 +339,19 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
     busy = values.pop("busy", 0.0)
     if not isinstance(busy, float) or not 0 <= busy < math.inf:
         raise ReplyError(f"{expected}: busy is {busy!r}, a number of seconds is needed")
-    return Reply(expected, values, dict(metrics), dict(arrays), content_bytes(message), busy)
+    return Reply(expected, values, dict(metrics), dict(arrays), content_bytes(message), busy, _holdings(expected, values.pop("holds", None)))
+
+
+def _holdings(stamp: Stamp, said: object) -> Holdings | None:
+    if said is None:
+        return None
+    try:
+        holds = Holdings(**json.loads(str(said)))
+    except (TypeError, ValueError) as error:
+        raise ReplyError(f"{stamp}: what the node says that it holds cannot be read: {error}") from None
+    if not isinstance(holds.code, str) or not isinstance(holds.split, str) or not isinstance(holds.features, dict):
+        raise ReplyError(f"{stamp}: the node says that it holds {holds!r}")
+    return holds
 
 
 def read_card(answer: Reply) -> NodeCard:

@@ -188,7 +188,10 @@ def handle(message: Message, context: Context) -> Message:
         stamp = request.stamp
         if stamp.action not in ACTIONS:
             raise ReplyError(unknown("action", stamp.action, ACTIONS))
-        values, metrics, arrays = ACTIONS[stamp.action](request, Node(request.config, context.node_config))
+        node = Node(request.config, context.node_config)
+        values, metrics, arrays = ACTIONS[stamp.action](request, node)
+        if stamp.action != "enrol":
+            values["holds"] = json.dumps(asdict(node.holds(stamp.role)))
     except CkdError as error:
         return refusal(message, stamp, str(error), final=isinstance(error, TrainingError))  # training is a function of what was asked
     except OSError as error:  # a full or unwritable disk, above all

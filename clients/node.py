@@ -21,7 +21,7 @@ from ckd_fed.home import code_version, home
 from ckd_fed.tracking.console import write
 from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
-from ckd_fed.wire import NodeCard
+from ckd_fed.wire import Holdings, NodeCard
 from clients.ledger import Ledger
 from clients.workspace import Workspace, held_roles
 
@@ -83,7 +83,7 @@ class Node:
             n_items=dataset.n_items,
             n_train=len(dataset.train),
             modalities=",".join(dataset.modalities),
-            features=json.dumps(dataset.feature_fingerprints()),
+            features=json.dumps(dataset.feature_fingerprints),
             dataset=dataset.describe(),
             standin=dataset.standin,
             counterfactual=backbone_class(self.config.backbone).scores_use_features,
@@ -91,6 +91,11 @@ class Node:
             host=platform.node(),
             held=json.dumps(held_roles(self._workspaces, run)),
         )
+
+    def holds(self, role: str) -> Holdings:
+        """What this node works with in a role."""
+        dataset = self.dataset(role)
+        return Holdings(code_version(), dataset.fingerprint, dataset.feature_fingerprints)
 
     def workspace(self, run: str, role: str) -> Workspace:
         """A role's place on this node's disk."""

@@ -48,6 +48,11 @@ class Plan:
         """Whether every item has every modality, as the student holds them."""
         return not any(mask_of(self.card, m) for m in self.modalities)
 
+    def features(self) -> dict[str, str]:
+        """``student/<m>``, ``teacher/<m>`` -> fingerprint of the features (and mask) of m there."""
+        held = {f"student/{m}": features_of(self.card)[m] for m in self.modalities}
+        return held | {f"teacher/{m}": features_of(self.cards[node])[m] for m, node in self.teachers.items()}
+
     def facts(self) -> dict[str, dict[str, str]]:
         """Role -> which node plays it, on which host and device: what a run's record keeps."""
         roles = {**{f"teacher/{m}": node for m, node in self.teachers.items()}, **{f"student/{w}": node for w, node in enumerate(self.students)}}
@@ -250,7 +255,7 @@ def _modalities(config: Config, card: NodeCard) -> tuple[str, ...]:
         EnrolmentError: one whose name no metric could hold.
         ConfigError: one that is to be hidden is not among them.
     """
-    for modality in json.loads(card.features):
+    for modality in features_of(card):
         if not MODALITY.fullmatch(modality):
             raise EnrolmentError(
                 f"the modality {modality!r} cannot be the name of a metric; rename {modality}_feat.npy on every node: letters, digits, spaces and "
@@ -282,22 +287,27 @@ def _agree(cards: Mapping[int, NodeCard]) -> None:
             )
 
 
+def features_of(card: NodeCard) -> dict[str, str]:
+    """Modality -> fingerprint of its features and mask, as the node holds them."""
+    return dict(json.loads(card.features))
+
+
 def mask_of(card: NodeCard, modality: str) -> str:
     """Fingerprint of which items have a modality, as the node holds it; empty if all have it."""
-    return str(json.loads(card.features).get(modality, "")).partition("+")[2]
+    return features_of(card).get(modality, "").partition("+")[2]
 
 
 def different_features(plan: Plan) -> list[str]:
     """Modalities whose teacher holds other features than the student: allowed (a teacher may have better ones), but worth saying."""
-    student = json.loads(plan.card.features)
-    return [m for m, node in plan.teachers.items() if json.loads(plan.cards[node].features).get(m) != student.get(m)]
+    student = features_of(plan.card)
+    return [m for m, node in plan.teachers.items() if features_of(plan.cards[node]).get(m) != student.get(m)]
 
 
 def different_students(card: NodeCard, other: NodeCard) -> str:
     """In what two students differ, modalities, features or masks; empty if in nothing."""
     if set(card.modalities.split(",")) != set(other.modalities.split(",")):
         return f"modalities ({card.modalities} and {other.modalities})"
-    first, second = json.loads(card.features), json.loads(other.features)
+    first, second = features_of(card), features_of(other)
     for m in (m for m in first if first[m] != second.get(m)):
         return f"masks of {m}" if mask_of(card, m) != mask_of(other, m) else f"features of {m}"
     return ""

@@ -90,7 +90,7 @@ class Recovery:
             arrived = self._exchange.poll({key: item for key, (_, item) in waiting.items()}) if waiting else {}
             for key, reply in arrived.items():
                 task, item = waiting.pop(key)
-                answer = _checked(task.ask, reply)
+                answer = self._checked(task.ask, item.node, reply)
                 if isinstance(answer, ReplyError):
                     self._failed(task, answer, idle, result)
                 else:
@@ -145,7 +145,7 @@ class Recovery:
         now = time.monotonic()
         if task.absent_since is None:
             task.absent_since = now
-            self._write(f"{task.ask.role} is not connected; waiting up to {self._limits.node_timeout:.0f} s (federation.node-timeout)")
+            self._write(f"{task.ask.role} has no node at the moment; waiting up to {self._limits.node_timeout:.0f} s (federation.node-timeout)")
         if now - task.absent_since > self._limits.node_timeout:
             away = ReplyError(f"{task.reason}; its node did not come back within {self._limits.node_timeout:.0f} s")
             self._give_up(task, away, idle, result)
@@ -166,11 +166,13 @@ class Recovery:
             return
         raise error
 
-
-def _checked(ask: Ask, reply: Reply | ReplyError) -> Answer | ReplyError:
-    if isinstance(reply, ReplyError):
-        return reply
-    try:
-        return Answer(ask.check(reply), reply.n_bytes, reply.busy)
-    except ReplyError as error:
-        return error
+    def _checked(self, ask: Ask, node: int, reply: Reply | ReplyError) -> Answer | ReplyError:
+        if isinstance(reply, ReplyError):
+            return reply
+        changed = self._roster.changed(node, ask.role, reply.holds)
+        if changed:
+            return ReplyError(f"{reply.stamp}: {changed}")
+        try:
+            return Answer(ask.check(reply), reply.n_bytes, reply.busy)
+        except ReplyError as error:
+            return error

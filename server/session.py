@@ -68,7 +68,7 @@ def run_federation(grid: Grid, given: Mapping[str, Any], flower_run_id: int, wri
             exchange = Exchange(grid, run, config)
         if state is None:
             stopping = EarlyStopping(config.training.patience)
-            state = RunState(run, code_version(), plan.card.split, plan.modalities, len(plan.students), stopping)
+            state = RunState(run, code_version(), plan.card.split, plan.features(), plan.modalities, len(plan.students), stopping)
         else:
             _same(state, plan)
         return _run(exchange, plan, directory, state, flower_run_id, write)
@@ -166,6 +166,7 @@ def _same(state: RunState, plan: Plan) -> None:
         "modalities of the student": (",".join(state.modalities), ",".join(plan.modalities)),
         "number of student workers": (str(state.workers), str(len(plan.students))),
         "code": (state.code, code_version()),
+        **{f"features of {role}": (state.features.get(role, now), now) for role, now in plan.features().items()},
     }
     for what, (before, now) in found.items():
         if before != now:

@@ -271,7 +271,7 @@ def introduce(tmp_path, write_dataset):
 
 def begun(**changes):
     """The state of a run to go on with."""
-    return RunState("run", CARD.code, CARD.split, ("image", "text"), 1, EarlyStopping(2), **changes)
+    return RunState("run", CARD.code, CARD.split, {}, ("image", "text"), 1, EarlyStopping(2), **changes)
 
 
 def test_a_silent_node_holds_up_nobody_else(introduce):

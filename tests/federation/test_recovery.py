@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 from flwr.app import Error, Message
+from loopback import LoopbackGrid
 
 from ckd_fed.checkpoint import load_checkpoint, load_state
 from ckd_fed.errors import EnrolmentError, ReplyError
@@ -326,6 +327,84 @@ def test_a_failure_that_would_come_again_is_not_tried_again(homes, federate, ref
     message = refuses(ReplyError, lambda: federate(overrides, nodes=nodes, write=lines.append), "lower training.learning-rate")
     assert "resume" not in message
     assert not [line for line in lines if "trying again" in line]
+
+
+def replaced(nodes, index, when, folder):
+    """A grid where a node, still the same id, has another data folder from the first message on for which ``when`` holds."""
+
+    class Grid(LoopbackGrid):
+        def push_messages(self, messages):
+            if any(when(message) for message in messages):
+                self.node_configs[1001 + index] = {**nodes[index], "data-dir": str(folder)}
+            return super().push_messages(messages)
+
+    return Grid(nodes)
+
+
+@pytest.mark.parametrize(("index", "role", "action"), [(1, "teacher/text", "score"), (1, "teacher/text", "fit"), (2, "student/0", "evaluate")])
+def test_a_node_whose_features_were_replaced_between_two_rounds(index, role, action, homes, write_dataset, federate, refuses):
+    """Its id is the same and it says nothing; what it did with them is not used."""
+    nodes = homes("image", "text", "student")
+    other = write_dataset("other", n_users=60, n_items=40)
+    np.save(other / "text_feat.npy", np.load(other / "text_feat.npy") + 1)
+    grid = replaced(nodes, index, lambda m: kind(m) == action and m.content["request"]["role"] == role, other)
+    lines = []
+    refuses(ReplyError, lambda: federate(SMALL, nodes=grid, write=lines.append), "it was made with another text features", f"node {1001 + index} on")
+    assert [line for line in lines if "cannot take part" in line and "text" in line]
+
+
+def test_a_node_whose_features_were_replaced_makes_room_for_its_spare(tmp_path, homes, write_dataset, federate):
+    nodes = homes("image", "text", "student", "text")
+    federate(SMALL, nodes=nodes, run="undisturbed")
+    other = write_dataset("other", n_users=60, n_items=40)
+    np.save(other / "text_feat.npy", np.load(other / "text_feat.npy") + 1)
+    grid = replaced(nodes, 1, lambda m: kind(m) == "score", other)
+    _, _, federation = federate(SMALL, nodes=grid, run="run")
+    assert federation.roster.nodes["teacher/text"] == 1004
+    assert equal(tmp_path, "run", "undisturbed")
+
+
+def test_a_node_whose_code_was_replaced(homes, federate, refuses, monkeypatch):
+    nodes = homes("image", "text", "student")
+
+    def update(message, reply):
+        if kind(message) == "score":
+            monkeypatch.setattr(client_node, "code_version", lambda: "0.2.0+bbbbbbbb")
+        return reply
+
+    lines = []
+    refuses(ReplyError, lambda: federate(SMALL, nodes=nodes, tamper=update, write=lines.append), "it was made with another code")
+    assert [line for line in lines if "cannot take part: it runs other code, 0.2.0+bbbbbbbb" in line]
+
+
+def test_a_node_that_was_mended_while_it_was_away_may_take_part(tmp_path, homes, write_dataset, federate):
+    """It came with other data first, under the id that it still has."""
+    nodes = homes("image", "text", "student")
+    other = write_dataset("other", n_users=60, n_items=40, seed=5)
+
+    class Grid(LoopbackGrid):
+        looks = 0
+
+        def get_node_ids(self):
+            if 77 in self.node_configs:
+                self.looks += 1
+            if self.looks == 3:
+                self.node_configs[77] = nodes[1]
+            return [node for node in self.node_configs if not (node == 77 and self.looks == 2)]
+
+        def push_messages(self, messages):
+            if any(kind(m) == "score" and m.metadata.dst_node_id == 1002 for m in messages) and 1002 in self.node_configs:
+                del self.node_configs[1002]
+                self.node_configs[77] = {**nodes[1], "data-dir": str(other)}
+            return ["" if m.metadata.dst_node_id == 1002 and kind(m) == "score" else self._push(m) for m in messages]
+
+        def _push(self, message):
+            return super().push_messages([message])[0]
+
+    lines = []
+    _, _, federation = federate({**SMALL, "federation.node-timeout": 20}, nodes=Grid(nodes), write=lines.append)
+    assert federation.roster.nodes["teacher/text"] == 77
+    assert [line for line in lines if "node 77" in line and "cannot take part: it holds another split" in line]
 
 
 def test_a_late_reply_to_an_earlier_request_is_not_used(tmp_path, homes, federate):

@@ -138,6 +138,16 @@ def test_a_student_that_lost_its_workspace_is_said_to_start_its_optimiser_anew(t
     assert result.outcomes["student"].test
 
 
+def test_a_run_is_not_gone_on_with_on_other_features(toy, federate, kill, refuses):
+    kill(SMALL, 12, answered=True, run="run")
+    path = toy / "data/toy/text_feat.npy"
+    features = np.load(path)
+    np.save(path, features + 1)
+    refuses(EnrolmentError, lambda: federate({"resume": "run", "name": ""}), "another features of", "text")
+    np.save(path, features)
+    federate({"resume": "run", "name": ""})
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
