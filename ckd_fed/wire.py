@@ -27,6 +27,7 @@ import json
 import math
 import re
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -129,7 +130,9 @@ def draw_nonce() -> str:
     return secrets.token_hex(16)
 
 
-def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.ndarray] | None = None, **values: Any) -> Message:
+def request(
+    stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.ndarray] | None = None, *, seconds: float = 3600.0, **values: Any
+) -> Message:
     """A message to a node.
 
     Args:
@@ -137,6 +140,7 @@ def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.nda
         config: the run's configuration, complete: a node needs no other.
         node: id of the node.
         arrays: payload.
+        seconds: after which neither Flower nor the node does anything with it.
         values: further scalars or lists.
     """
     content = RecordDict({"request": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "config": json.dumps(config.flat()), **values})})
@@ -144,7 +148,7 @@ def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.nda
         content["arrays"] = _pack(arrays)
     seal(content, "request")
     kind = "train" if stamp.action in TRAIN_ACTIONS else "query"
-    return Message(content, dst_node_id=node, message_type=f"{kind}.{stamp.action}")
+    return Message(content, dst_node_id=node, message_type=f"{kind}.{stamp.action}", ttl=seconds)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def read_request(message: Message) -> Request:
     """Read a request on a node.
 
     Raises:
-        ReplyError: another protocol version, or a request that lacks a part.
+        ReplyError: another protocol version, a request that lacks a part, or one that has been given up by now.
         ConfigError: a configuration this node does not understand.
     """
     try:
@@ -176,6 +180,9 @@ def read_request(message: Message) -> Request:
         arrays = _unpack(message.content["arrays"]) if "arrays" in message.content else {}
     except (KeyError, TypeError, ValueError) as error:
         raise ReplyError(f"a request lacks {error} or is not of wire protocol {PROTOCOL}") from None
+    late = time.time() - message.metadata.created_at - message.metadata.ttl
+    if late > 0:  # it waited here while the node was busy
+        raise ReplyError(f"{stamp}: the request was given up {late:.0f} s ago (or the clocks differ by as much); nothing is done")
     return Request(stamp, config, values, arrays)
 
 

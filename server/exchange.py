@@ -15,6 +15,7 @@ from ckd_fed.errors import ReplyError
 from ckd_fed.wire import Reply, Stamp, content_bytes, draw_nonce, read_reply, request
 
 SHORTEST, LONGEST = 0.02, 1.0  # seconds between polls
+_MARGIN = 2 * LONGEST  # by which a request outlives its time, so that a reply at the last moment is still found
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Exchange:
         messages, sent = [], []
         for ask, node in asks:
             stamp = Stamp(self.run, ask.action, ask.number, ask.role, draw_nonce())
-            message = request(stamp, self.config, node, ask.arrays, **ask.values)
+            message = request(stamp, self.config, node, ask.arrays, seconds=seconds + _MARGIN, **ask.values)
             messages.append(message)
             sent.append(Sent(ask, stamp, node, "", time.monotonic() + seconds, content_bytes(message)))
         for item, message_id in zip(sent, self.grid.push_messages(messages), strict=True):

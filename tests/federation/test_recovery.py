@@ -329,6 +329,13 @@ def test_a_failure_that_would_come_again_is_not_tried_again(homes, federate, ref
     assert not [line for line in lines if "trying again" in line]
 
 
+def test_requests_live_as_long_as_their_answer_is_waited_for(homes, federate):
+    """Not half a day, as they do in Flower by default: neither shorter than federation.reply-timeout nor for nobody."""
+    _, grid, _ = federate({**SMALL, "federation.reply-timeout": 100_000, "federation.enrol-timeout": 30}, nodes=homes("image", "text", "student"))
+    lives = {(kind(message) == "enrol", round(message.metadata.ttl, -1)) for message, _ in grid.seen if kind(message) != "forget"}
+    assert lives == {(True, 30), (False, 100_000)}
+
+
 def replaced(nodes, index, when, folder):
     """A grid where a node, still the same id, has another data folder from the first message on for which ``when`` holds."""
 

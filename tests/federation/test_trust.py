@@ -116,6 +116,13 @@ def teacher(toy, federate):
     return margins, lambda: read_rows(ledger)
 
 
+def test_a_request_that_was_given_up_while_the_node_was_busy_is_not_carried_out(toy, refuses):
+    overrides = {**SMALL, "home": str(toy)}
+    node = {"role": "teacher", "modality": "text"}
+    refuses(ReplyError, lambda: ask(node, overrides, "fit", run="late", seconds=-5, **{"from-epoch": 0, "epochs": 3}), "fit", "given up 5 s ago")
+    assert not (toy / "workspace/late").exists()
+
+
 def test_a_teacher_writes_down_what_it_gave(teacher, toy):
     _, ledger = teacher
     agreement, *answers = ledger()
