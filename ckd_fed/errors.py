@@ -34,6 +34,10 @@ class LostError(ReplyError):
     """No reply, because the node or its process is gone: it may come back."""
 
 
+class FinalError(ReplyError):
+    """A failure that the same request would meet again: neither another try nor a resumed run helps."""
+
+
 class TrainingError(CkdError):
     """Training cannot go on (for example: the loss is no longer finite)."""
 

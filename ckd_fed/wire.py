@@ -14,9 +14,11 @@ score      teacher m                       the same, epochs of a stretch, number
 distil     a lone student                  weights, early stopping, sheets with hashes      weights, best weights, rows of validations
 distil     one of several student workers  weights, sheets of margins with their hashes     weights, means of the stretch
 evaluate   student worker                  weights, part of the split, share of the users   sums of metrics; of a test by user and group
+forget     every node, of a finished run   configuration                                    nothing
 =========  ==============================  ===============================================  ============================================
 
-Features, interactions and a teacher's parameters appear in none of them.
+Features, interactions and a teacher's parameters appear in none of them. Every reply of a role says by fingerprints what it was made with
+(:class:`Holdings`), because a node may have been given other files or code since it enrolled.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import json
 import math
 import re
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -35,14 +38,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from ckd_fed.config import Config, resolve
 from ckd_fed.distillation.margins import DTYPES
-from ckd_fed.errors import LostError, ReplyError
+from ckd_fed.errors import FinalError, LostError, ReplyError
 
-PROTOCOL = 3
+PROTOCOL = 4
 _RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
 _KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|specific|generic|sum"
+MODALITY = re.compile(r"[\w.\- ]+")  # names that metrics may hold
 _METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
-QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
+QUERY_ACTIONS = ("enrol", "test", "score", "evaluate", "forget")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Stamp:
         run: name of the run.
         action: see the module's table.
         round: the run's round counter.
-        role: ``teacher/<m>``, ``plain``, ``student/<w>``, or ``node/<id>`` for enrolment.
+        role: ``teacher/<m>``, ``plain``, ``student/<w>``, or ``node/<id>`` where a node is asked in no role.
         nonce: drawn anew for every request, so that an answer to an earlier request for the same thing is not taken for this one's.
     """
 
@@ -107,12 +111,29 @@ class NodeCard:
     held: str
 
 
+@dataclass(frozen=True)
+class Holdings:
+    """What decides the outcome of a node's work.
+
+    Attributes:
+        code: version and source hash of the installed packages.
+        split: fingerprint of its split.
+        features: modality -> fingerprint of the features (and mask) that its role opens.
+    """
+
+    code: str
+    split: str
+    features: Mapping[str, str]
+
+
 def draw_nonce() -> str:
     """128 random bits."""
     return secrets.token_hex(16)
 
 
-def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.ndarray] | None = None, **values: Any) -> Message:
+def request(
+    stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.ndarray] | None = None, *, seconds: float = 3600.0, **values: Any
+) -> Message:
     """A message to a node.
 
     Args:
@@ -120,6 +141,7 @@ def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.nda
         config: the run's configuration, complete: a node needs no other.
         node: id of the node.
         arrays: payload.
+        seconds: after which neither Flower nor the node does anything with it.
         values: further scalars or lists.
     """
     content = RecordDict({"request": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "config": json.dumps(config.flat()), **values})})
@@ -127,7 +149,7 @@ def request(stamp: Stamp, config: Config, node: int, arrays: Mapping[str, np.nda
         content["arrays"] = _pack(arrays)
     seal(content, "request")
     kind = "train" if stamp.action in TRAIN_ACTIONS else "query"
-    return Message(content, dst_node_id=node, message_type=f"{kind}.{stamp.action}")
+    return Message(content, dst_node_id=node, message_type=f"{kind}.{stamp.action}", ttl=seconds)
 
 
 @dataclass(frozen=True)
@@ -144,7 +166,7 @@ def read_request(message: Message) -> Request:
     """Read a request on a node.
 
     Raises:
-        ReplyError: another protocol version, or a request that lacks a part.
+        ReplyError: another protocol version, a request that lacks a part, or one that has been given up by now.
         ConfigError: a configuration this node does not understand.
     """
     try:
@@ -159,13 +181,19 @@ def read_request(message: Message) -> Request:
         arrays = _unpack(message.content["arrays"]) if "arrays" in message.content else {}
     except (KeyError, TypeError, ValueError) as error:
         raise ReplyError(f"a request lacks {error} or is not of wire protocol {PROTOCOL}") from None
+    late = time.time() - message.metadata.created_at - message.metadata.ttl
+    if late > 0:  # it waited here while the node was busy
+        raise ReplyError(f"{stamp}: the request was given up {late:.0f} s ago (or the clocks differ by as much); nothing is done")
     return Request(stamp, config, values, arrays)
 
 
 def reply(
     to: Message, stamp: Stamp, metrics: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None, **values: Any
 ) -> Message:
-    """A node's answer: its stamp, numbers (floats, or lists of them), arrays and further scalars (``busy``: seconds it took)."""
+    """A node's answer: its stamp, numbers (floats, or lists of them), arrays and further scalars.
+
+    ``busy`` is the seconds it took, and ``holds`` the :class:`Holdings` of a role as JSON.
+    """
     content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "error": "", **values})})
     if metrics:
         content["metrics"] = MetricRecord(dict(metrics))
@@ -175,10 +203,10 @@ def reply(
     return Message(content, reply_to=to)
 
 
-def refusal(to: Message, stamp: Stamp | None, reason: str) -> Message:
-    """A node's answer when it cannot do what was asked, with the reason in one line."""
+def refusal(to: Message, stamp: Stamp | None, reason: str, *, final: bool = False) -> Message:
+    """A node's answer when it cannot do what was asked, with the reason in one line, and whether it would say the same again."""
     bound = stamp or Stamp("", "", -1, "", "")
-    content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(bound), "error": reason})})
+    content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(bound), "error": reason, "final": final})})
     seal(content, "reply")
     return Message(content, reply_to=to)
 
@@ -187,7 +215,7 @@ def refusal(to: Message, stamp: Stamp | None, reason: str) -> Message:
 class Reply:
     """A reply whose stamp and digest have been checked; its parts are read through methods that check them.
 
-    ``busy`` is the time in seconds that the node says it worked; what a round took beyond that is messaging.
+    ``busy`` is the time in seconds that the node says it worked; what a round took beyond that is messaging. ``holds`` is what it worked with.
     """
 
     stamp: Stamp
@@ -195,7 +223,8 @@ class Reply:
     metrics: dict[str, Any]
     arrays: dict[str, Array]
     n_bytes: int
-    busy: float = 0.0
+    busy: float
+    holds: Holdings | None
 
     def text(self, name: str) -> str:
         """A string among the values."""
@@ -291,7 +320,7 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
     """Check a reply's stamp against the request's.
 
     Raises:
-        ReplyError: the node failed, refused, or answered something else than it was asked.
+        ReplyError: the node failed, refused (:class:`FinalError` if for good), or answered something else than it was asked.
     """
     if message.has_error():
         kind = ReplyError if message.error.code == _RAISED else LostError
@@ -304,10 +333,10 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
         raise ReplyError(f"{expected}: the node speaks another wire protocol than {PROTOCOL}; install the same version of ckd_fed everywhere")
     if values.pop("digest", None) != digest(content, "reply"):
         raise ReplyError(f"{expected}: the reply is damaged: its contents do not match its digest")
-    error = values.pop("error", "")
+    error, final = values.pop("error", ""), values.pop("final", False)
     got = {item.name: values.pop(item.name, None) for item in fields(Stamp)}
     if error:
-        raise ReplyError(f"{expected.role}: {_short(str(error))}")
+        raise (FinalError if final is True else ReplyError)(f"{expected.role}: {_short(str(error))}")
     if got != asdict(expected):
         wrong = ", ".join(f"{name} {got[name]!r} instead of {value!r}" for name, value in asdict(expected).items() if got[name] != value)
         raise ReplyError(f"{expected}: the reply is bound to something else ({wrong}); it is not used")
@@ -318,7 +347,19 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
     busy = values.pop("busy", 0.0)
     if not isinstance(busy, float) or not 0 <= busy < math.inf:
         raise ReplyError(f"{expected}: busy is {busy!r}, a number of seconds is needed")
-    return Reply(expected, values, dict(metrics), dict(arrays), content_bytes(message), busy)
+    return Reply(expected, values, dict(metrics), dict(arrays), content_bytes(message), busy, _holdings(expected, values.pop("holds", None)))
+
+
+def _holdings(stamp: Stamp, said: object) -> Holdings | None:
+    if said is None:
+        return None
+    try:
+        holds = Holdings(**json.loads(str(said)))
+    except (TypeError, ValueError) as error:
+        raise ReplyError(f"{stamp}: what the node says that it holds cannot be read: {error}") from None
+    if not isinstance(holds.code, str) or not isinstance(holds.split, str) or not isinstance(holds.features, dict):
+        raise ReplyError(f"{stamp}: the node says that it holds {holds!r}")
+    return holds
 
 
 def read_card(answer: Reply) -> NodeCard:

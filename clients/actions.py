@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from ckd_fed.checkpoint import to_arrays, to_tensors
 from ckd_fed.data.triples import StepTriples, triples_hash
 from ckd_fed.distillation.margins import margin_sheet
-from ckd_fed.errors import CkdError, ReplyError, unknown
+from ckd_fed.errors import CkdError, ReplyError, TrainingError, unknown
 from ckd_fed.evaluation.tested import Tested
 from ckd_fed.training.build import triple_stream
 from ckd_fed.training.early_stopping import EarlyStopping
@@ -31,6 +31,12 @@ Answer = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]  # values,
 def enrol(request: Request, node: Node) -> Answer:
     """Say who this node is and what it holds."""
     return {"card": json.dumps(asdict(node.card(request.stamp.run)))}, {}, {}
+
+
+def forget(request: Request, node: Node) -> Answer:
+    """Delete what this node keeps of a run that is finished."""
+    node.forget(request.stamp.run)
+    return {}, {}, {}
 
 
 def fit(request: Request, node: Node) -> Answer:
@@ -176,6 +182,7 @@ ACTIONS: dict[str, Callable[[Request, Node], Answer]] = {
     "score": score,
     "distil": distil,
     "evaluate": evaluate,
+    "forget": forget,
 }
 
 
@@ -188,9 +195,12 @@ def handle(message: Message, context: Context) -> Message:
         stamp = request.stamp
         if stamp.action not in ACTIONS:
             raise ReplyError(unknown("action", stamp.action, ACTIONS))
-        values, metrics, arrays = ACTIONS[stamp.action](request, Node(request.config, context.node_config))
+        node = Node(request.config, context.node_config)
+        values, metrics, arrays = ACTIONS[stamp.action](request, node)
+        if not stamp.role.startswith("node/"):
+            values["holds"] = json.dumps(asdict(node.holds(stamp.role)))
     except CkdError as error:
-        return refusal(message, stamp, str(error))
+        return refusal(message, stamp, str(error), final=isinstance(error, TrainingError))  # training is a function of what was asked
     except OSError as error:  # a full or unwritable disk, above all
         return refusal(message, stamp, f"the node's disk: {error}")
     return reply(message, stamp, metrics, arrays, busy=time.monotonic() - started, **values)
@@ -205,13 +215,11 @@ def _at_epoch(request: Request, node: Node, model: Fit, share: tuple[int, int]) 
     run, role, first = request.stamp.run, request.stamp.role, int(request.values["from-epoch"])
     if model.epoch == first:
         return model, False
-    model = node.fresh(role, share)
-    workspace = node.workspace(run, role)
-    if first and workspace.previous.is_file():
-        workspace.load(model, previous=True)
+    if first:
+        model, _ = node.saved(run, role, share, previous=True)
         if model.epoch == first:
             return model, False
-        model = node.fresh(role, share)
+    model = node.fresh(role, share)
     model.epoch = first
     return model, first > 0
 

@@ -16,13 +16,14 @@ from ckd_fed.backbones.build import backbone_class
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.locate import locate
-from ckd_fed.errors import ConfigError, unknown
+from ckd_fed.errors import ConfigError, DataError, unknown
 from ckd_fed.home import code_version, home
+from ckd_fed.tracking.console import write
 from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
-from ckd_fed.wire import NodeCard
+from ckd_fed.wire import Holdings, NodeCard
 from clients.ledger import Ledger
-from clients.workspace import Workspace, held_roles
+from clients.workspace import Workspace, delete_states, held_roles
 
 ROLES = ("teacher", "student")
 
@@ -82,7 +83,7 @@ class Node:
             n_items=dataset.n_items,
             n_train=len(dataset.train),
             modalities=",".join(dataset.modalities),
-            features=json.dumps(dataset.feature_fingerprints()),
+            features=json.dumps(dataset.feature_fingerprints),
             dataset=dataset.describe(),
             standin=dataset.standin,
             counterfactual=backbone_class(self.config.backbone).scores_use_features,
@@ -90,6 +91,11 @@ class Node:
             host=platform.node(),
             held=json.dumps(held_roles(self._workspaces, run)),
         )
+
+    def holds(self, role: str) -> Holdings:
+        """What this node works with in a role."""
+        dataset = self.dataset(role)
+        return Holdings(code_version(), dataset.fingerprint, dataset.feature_fingerprints)
 
     def workspace(self, run: str, role: str) -> Workspace:
         """A role's place on this node's disk."""
@@ -121,8 +127,21 @@ class Node:
         cached = _FITS.pop(workspace.path, None)
         if cached and cached.state_id == workspace.state_id() and (cached.exact or not exact):
             return cached.fit, cached.state
-        fit = self.fresh(role, share)
-        return fit, workspace.load(fit) if workspace.exists else {}
+        return self.saved(run, role, share)
+
+    def saved(self, run: str, role: str, share: tuple[int, int] = (0, 1), *, previous: bool = False) -> tuple[Fit, dict[str, Any]]:
+        """A role's model as it lies on disk (or the one before it), and the values saved beside it; fresh where nothing does.
+
+        A file that is damaged is set aside: going on without it is what a node with an empty disk would do.
+        """
+        workspace, fit = self.workspace(run, role), self.fresh(role, share)
+        if not (workspace.previous if previous else workspace.path).is_file():
+            return fit, {}
+        try:
+            return fit, workspace.load(fit, previous=previous)
+        except DataError as error:
+            write(f"!! {error}; it is set aside as {workspace.set_aside(previous=previous).name}, and {role} goes on as if it had been lost")
+            return self.fresh(role, share), {}  # the other one may be half restored
 
     def fresh(self, role: str, share: tuple[int, int] = (0, 1)) -> Fit:
         """A role's model before its first epoch."""
@@ -142,6 +161,12 @@ class Node:
         """Remember a model whose parameters are others than those saved."""
         workspace = self.workspace(run, role)
         _FITS[workspace.path] = _Cached(workspace.state_id(), fit, state, exact=False)
+
+    def forget(self, run: str) -> None:
+        """Delete the models of all roles in a run."""
+        for path in [path for path in _FITS if run in path.parts]:
+            del _FITS[path]
+        delete_states(self._workspaces, run)
 
     def _dataset(self, modalities: tuple[str, ...] | None) -> Dataset:
         path, standin = locate(self.config, self.node_config)

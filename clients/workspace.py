@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,16 @@ class Workspace:
         return state
 
     def state_id(self) -> str:
-        """Id of the state on disk; empty where there is none."""
-        return str(load_state(self.path)["id"]) if self.exists else ""
+        """Id of the state on disk; empty where there is none, or a damaged one."""
+        try:
+            return str(load_state(self.path)["id"]) if self.exists else ""
+        except (DataError, KeyError, TypeError):
+            return ""
+
+    def set_aside(self, *, previous: bool = False) -> Path:
+        """Rename a damaged state (or the one before it), to be looked at by people; returns its new path."""
+        path = self.previous if previous else self.path
+        return path.replace(path.with_name(f"{path.name}.damaged"))
 
     def _keep(self) -> None:
         """Give the file of the present state a second name; there is no moment without a whole state."""
@@ -105,3 +114,12 @@ def held_roles(root: Path, run: str) -> dict[str, int]:
         except (DataError, KeyError, ValueError, TypeError):
             continue
     return held
+
+
+def delete_states(root: Path, run: str) -> None:
+    """Delete a run's states in this node's workspace, and the folders that this leaves empty; what else lies there stays."""
+    for path in (root / run).glob("*/*.safetensors*"):
+        path.unlink(missing_ok=True)
+    for folder in (*(root / run).glob("*/"), root / run):
+        with suppress(OSError):  # something else is in it, or another node of this machine was faster
+            folder.rmdir()

@@ -17,7 +17,7 @@ from ckd_fed.training.early_stopping import EarlyStopping
 from server.reweighting import RoundState
 
 FILE = "state.safetensors"
-_VERSION = 2
+_VERSION = 3
 TEACHERS, DISTILLATION, FINISHED = "teachers", "distillation", "finished"
 
 
@@ -51,6 +51,7 @@ class RunState:
         run: the run as the nodes know it.
         code: version of the code that wrote it.
         split: fingerprint of the split.
+        features: ``student/<m>``, ``teacher/<m>`` -> fingerprint of its features.
         modalities, workers: of the student.
         stopping: early stopping of the student.
         phase: ``teachers``, ``distillation`` or ``finished``.
@@ -71,6 +72,7 @@ class RunState:
     run: str
     code: str
     split: str
+    features: dict[str, str]
     modalities: tuple[str, ...]
     workers: int
     stopping: EarlyStopping

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ckd_fed.config import Config
+from ckd_fed.data.missing import check_hidden
 from ckd_fed.errors import EnrolmentError, LostError, ReplyError, unknown
-from ckd_fed.wire import NodeCard, read_card
-from server.exchange import Ask, Exchange
+from ckd_fed.wire import MODALITY, NodeCard
+from server.checkpoints import RunState
+from server.exchange import LONGEST, SHORTEST, Exchange
+from server.introductions import Introductions
 
-_SETTLE = 1.0  # seconds between looks for new nodes
+_GRACE = 20.0  # seconds for the answers of further nodes, once all roles are taken: a message takes 6 to 16 s in a deployment
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Plan:
         spare: nodes without a role; a second teacher of a modality is its hot spare.
         cards: node id -> what it said of itself.
         modalities: of the student, in order.
+        lost: modality -> why its teacher, which the run that is gone on with had, is given up.
     """
 
     teachers: Mapping[str, int]
@@ -32,6 +36,7 @@ class Plan:
     spare: tuple[int, ...]
     cards: Mapping[int, NodeCard]
     modalities: tuple[str, ...]
+    lost: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def card(self) -> NodeCard:
@@ -42,6 +47,11 @@ class Plan:
     def whole(self) -> bool:
         """Whether every item has every modality, as the student holds them."""
         return not any(mask_of(self.card, m) for m in self.modalities)
+
+    def features(self) -> dict[str, str]:
+        """``student/<m>``, ``teacher/<m>`` -> fingerprint of the features (and mask) of m there."""
+        held = {f"student/{m}": features_of(self.card)[m] for m in self.modalities}
+        return held | {f"teacher/{m}": features_of(self.cards[node])[m] for m, node in self.teachers.items()}
 
     def facts(self) -> dict[str, dict[str, str]]:
         """Role -> which node plays it, on which host and device: what a run's record keeps."""
@@ -56,61 +66,85 @@ class Plan:
         return [f"  {role:<18} node {node} on {self.cards[node].host} ({self.cards[node].device})" for role, node in roles]
 
 
-def enrol(exchange: Exchange, write: Callable[[str], None], absent: Sequence[str] = ()) -> Plan:
+def enrol(exchange: Exchange, write: Callable[[str], None], state: RunState | None = None) -> Plan:
     """Wait until the nodes needed are there and agree, up to ``federation.enrol-timeout``.
+
+    Nobody is waited for longer than needed: once all roles are taken, nodes that are silent have a little time left, because one of them
+    may have played a role before. In a run that is gone on with they have it all; and where a role is missing while a node is silent,
+    which may still train for a request from before, they have up to ``federation.node-timeout``. A teacher that has not come by then is
+    given up under ``federation.on-lost-teacher=drop``.
 
     Args:
         exchange: with the nodes.
         write: prints one line.
-        absent: modalities whose teacher is not waited for, because the run that is gone on with has dropped it.
+        state: of the run that is gone on with; None for a new one.
 
     Raises:
         EnrolmentError: what is missing at the deadline; at once what cannot be mended by waiting (different splits or code, a
-            modality that is unknown, or has two teachers with different features, data that a node cannot use).
+            modality that is unknown, or has two teachers with different features, students that differ, data that a node cannot use).
+        ConfigError: at once, a modality that is to be hidden and that nobody has.
     """
-    config = exchange.config
-    deadline = time.monotonic() + config.federation.enrol_timeout
+    limits, started = exchange.config.federation, time.monotonic()
+    deadline = settled = started + limits.enrol_timeout
+    last = max(deadline, started + limits.node_timeout) if state else deadline
+    introductions = Introductions(exchange)
     cards: dict[int, NodeCard] = {}
-    missing = "no node has connected"
+    said, pause = "", SHORTEST
     while True:
         connected = set(exchange.grid.get_node_ids())
         cards = {node: card for node, card in cards.items() if node in connected}  # who has gone meanwhile may come back
-        new = sorted(connected - set(cards))
-        if new:
-            cards.update(_ask_cards(exchange, new, max(1.0, deadline - time.monotonic()), write))
+        answers = introductions.look(connected - set(cards), last - time.monotonic() + 2 * LONGEST)  # no answer is given up before the end
+        new = _cards(answers, write)
+        cards |= new
+        plan, missing = None, f"no node has {'answered' if connected else 'connected'}"
         if cards:
-            plan, missing = assign(config, cards, absent)
-            if plan:
+            plan, missing = assign(exchange.config, cards, tuple(state.dropped) if state else ())
+        now, silent = time.monotonic(), introductions.silent
+        busy = f"connected, no answer yet (perhaps still busy with an earlier request): {', '.join(f'node {node}' for node in silent)}"
+        if plan:
+            settled = settled if state else min(settled, now + _GRACE)
+            if not silent or now >= settled:
+                if silent:
+                    write(f"going on without some nodes; {busy}")
                 return plan
-        if time.monotonic() >= deadline:
+            line = f"all roles are taken; {busy}"
+        elif now >= (last if silent else deadline):
             there = ", ".join(full_name(node, card) for node, card in cards.items()) or "none"
-            raise EnrolmentError(f"after {config.federation.enrol_timeout:.0f} s (federation.enrol-timeout) {missing}; nodes there: {there}")
-        if new:
-            write(f"waiting for nodes: {missing}" if missing else "waiting for nodes")
-        time.sleep(min(_SETTLE, max(0.0, deadline - time.monotonic())))
+            setting = "node-timeout" if now >= last > deadline else "enrol-timeout"
+            reason = f"after {now - started:.0f} s (federation.{setting}) {missing}; nodes there: {there}{f'; {busy}' if silent else ''}"
+            without = _without_lost(exchange.config, cards, state, reason) if state and cards else None
+            if without and limits.on_lost_teacher == "drop":
+                return without
+            hint = '; federation.on-lost-teacher="drop" would go on without it' if without else ""
+            raise EnrolmentError(reason + hint)
+        elif now >= deadline:
+            line = f"waiting up to {last - started:.0f} s (federation.node-timeout): {missing}; {busy}"
+        else:
+            line = f"waiting for nodes: {missing}" if cards else said
+        if line != said:
+            write(line)
+            said = line
+        pause = SHORTEST if new else LONGEST if answers else min(LONGEST, pause * 1.5)  # one that is lost is asked again, but not at once
+        time.sleep(pause)
 
 
-def _ask_cards(exchange: Exchange, nodes: list[int], timeout: float, write: Callable[[str], None]) -> dict[int, NodeCard]:
-    """Cards of nodes; one that was lost while it was asked is left out, one that says why it cannot take part ends the run."""
-    cards, failed = ask_cards(exchange, nodes, timeout)
+def _without_lost(config: Config, cards: Mapping[int, NodeCard], state: RunState, reason: str) -> Plan | None:
+    """A plan without the teachers that a run had and that have not come; None if that is no help, or none would be left."""
+    there = {card.modality for card in cards.values() if card.role == "teacher"}
+    lost = {m: reason for m in state.modalities if m not in there and m not in state.dropped}
+    plan, _ = assign(config, cards, [*state.dropped, *lost])
+    return replace(plan, lost=lost) if plan and set(plan.teachers) - set(state.dropped) else None
+
+
+def _cards(answers: Mapping[int, NodeCard | ReplyError], write: Callable[[str], None]) -> dict[int, NodeCard]:
+    """The cards among answers; a node that was lost while it was asked is left out, one that says why it cannot take part ends the run."""
+    failed = {node: answer for node, answer in answers.items() if isinstance(answer, ReplyError)}
     for node in [node for node, error in failed.items() if isinstance(error, LostError)]:
         write(f"node {node} was lost at enrolment: {failed.pop(node)}")
     reasons = list(dict.fromkeys(str(error).partition(": ")[2] if len(failed) > 1 else str(error) for error in failed.values()))
     if reasons:
         raise EnrolmentError("; ".join(reasons))
-    return cards
-
-
-def ask_cards(exchange: Exchange, nodes: list[int], timeout: float) -> tuple[dict[int, NodeCard], dict[int, ReplyError]]:
-    """Ask nodes who they are: node -> card, and node -> why it has none."""
-    good, failed = exchange.ask_once([(Ask(0, "enrol", f"node/{node}"), node) for node in nodes], timeout)
-    cards: dict[int, NodeCard] = {}
-    for node, answer in good.items():
-        try:
-            cards[node] = read_card(answer)
-        except ReplyError as error:
-            failed[node] = error
-    return cards, failed
+    return {node: card for node, card in answers.items() if isinstance(card, NodeCard)}
 
 
 def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str] = ()) -> tuple[Plan | None, str]:
@@ -124,7 +158,7 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
         A plan and "", or None and what is still missing.
 
     Raises:
-        EnrolmentError: what waiting cannot mend.
+        EnrolmentError, ConfigError: what waiting cannot mend.
     """
     _agree(cards)
     simulated = {node: card for node, card in cards.items() if not card.role}
@@ -146,7 +180,7 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
     students = _in_order([node for node, card in cards.items() if card.role == "student"], cards)
     if not students:
         return None, 'a student node is missing (role="student")'
-    modalities = config.modalities or tuple(cards[students[0]].modalities.split(","))
+    modalities = _modalities(config, cards[students[0]])
     for modality, node in teachers.items():
         if modality not in modalities:
             raise EnrolmentError(f"{full_name(node, cards[node])} enrolled for an {unknown('modality', modality, modalities)}")
@@ -156,10 +190,11 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
                 f"is asked about those only, so give both the same {modality}_mask.npy (or none, if all items have it)"
             )
     for node in students[1:]:
-        if set(cards[node].modalities.split(",")) != set(cards[students[0]].modalities.split(",")):
+        unlike = different_students(cards[students[0]], cards[node])
+        if unlike:
             raise EnrolmentError(
-                f"two student nodes have different modalities: {full_name(students[0], cards[students[0]])} {cards[students[0]].modalities}, "
-                f"{full_name(node, cards[node])} {cards[node].modalities}; set data.modalities or give both the same files"
+                f"two student nodes have different {unlike}: {full_name(students[0], cards[students[0]])} and {full_name(node, cards[node])}; "
+                "they are averaged or stand in for one another, so give both the same files (or set data.modalities)"
             )
     if config.distillation.enabled:
         absent = [m for m in modalities if m not in teachers and m not in dropped]
@@ -204,13 +239,31 @@ def _deal(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, s
     if len(cards) < expected:
         return None, f"{expected - len(cards)} of {expected} simulated nodes are missing"
     nodes = sorted(cards, key=lambda node: cards[node].partition)
-    modalities = config.modalities or tuple(cards[nodes[0]].modalities.split(","))
+    modalities = _modalities(config, cards[nodes[0]])
     roles = list(modalities) if config.distillation.enabled else []
     teachers = {m: nodes[index % len(nodes)] for index, m in enumerate(roles)}
     free = nodes[len(roles) :]
     workers = free[: config.federation.student_workers] or [nodes[len(roles) % len(nodes)]]
     workers = workers[: _steps(config, cards[workers[0]])]
     return Plan(teachers, tuple(workers), tuple(node for node in free if node not in workers), cards, modalities), ""
+
+
+def _modalities(config: Config, card: NodeCard) -> tuple[str, ...]:
+    """The modalities of a run: those configured, or all that a student has.
+
+    Raises:
+        EnrolmentError: one whose name no metric could hold.
+        ConfigError: one that is to be hidden is not among them.
+    """
+    for modality in features_of(card):
+        if not MODALITY.fullmatch(modality):
+            raise EnrolmentError(
+                f"the modality {modality!r} cannot be the name of a metric; rename {modality}_feat.npy on every node: letters, digits, spaces and "
+                "the characters _ . - can be used"
+            )
+    modalities = config.modalities or tuple(card.modalities.split(","))
+    check_hidden(config.data.hidden_shares, modalities)
+    return modalities
 
 
 def _steps(config: Config, card: NodeCard) -> int:
@@ -234,15 +287,30 @@ def _agree(cards: Mapping[int, NodeCard]) -> None:
             )
 
 
+def features_of(card: NodeCard) -> dict[str, str]:
+    """Modality -> fingerprint of its features and mask, as the node holds them."""
+    return dict(json.loads(card.features))
+
+
 def mask_of(card: NodeCard, modality: str) -> str:
     """Fingerprint of which items have a modality, as the node holds it; empty if all have it."""
-    return str(json.loads(card.features).get(modality, "")).partition("+")[2]
+    return features_of(card).get(modality, "").partition("+")[2]
 
 
 def different_features(plan: Plan) -> list[str]:
     """Modalities whose teacher holds other features than the student: allowed (a teacher may have better ones), but worth saying."""
-    student = json.loads(plan.card.features)
-    return [m for m, node in plan.teachers.items() if json.loads(plan.cards[node].features).get(m) != student.get(m)]
+    student = features_of(plan.card)
+    return [m for m, node in plan.teachers.items() if features_of(plan.cards[node]).get(m) != student.get(m)]
+
+
+def different_students(card: NodeCard, other: NodeCard) -> str:
+    """In what two students differ, modalities, features or masks; empty if in nothing."""
+    if set(card.modalities.split(",")) != set(other.modalities.split(",")):
+        return f"modalities ({card.modalities} and {other.modalities})"
+    first, second = features_of(card), features_of(other)
+    for m in (m for m in first if first[m] != second.get(m)):
+        return f"masks of {m}" if mask_of(card, m) != mask_of(other, m) else f"features of {m}"
+    return ""
 
 
 def full_name(node: int, card: NodeCard) -> str:

@@ -11,10 +11,11 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from ckd_fed.config import Config
-from ckd_fed.errors import LostError, ReplyError
+from ckd_fed.errors import ReplyError
 from ckd_fed.wire import Reply, Stamp, content_bytes, draw_nonce, read_reply, request
 
 SHORTEST, LONGEST = 0.02, 1.0  # seconds between polls
+_MARGIN = 2 * LONGEST  # by which a request outlives its time, so that a reply at the last moment is still found
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sent:
         stamp: with the nonce of this very message.
         node: whom.
         message_id: empty if Flower did not take the message.
-        since: when, by the monotonic clock.
+        until: when its answer is given up, by the monotonic clock.
         n_bytes: of its arrays.
     """
 
@@ -54,7 +55,7 @@ class Sent:
     stamp: Stamp
     node: int
     message_id: str
-    since: float
+    until: float
     n_bytes: int
 
 
@@ -76,17 +77,34 @@ class Exchange:
         self.run = run
         self.config = config
 
-    def send(self, asks: Sequence[tuple[Ask, int]]) -> list[Sent]:
-        """Send requests to nodes, without waiting."""
+    def send(self, asks: Sequence[tuple[Ask, int]], seconds: float) -> list[Sent]:
+        """Send requests to nodes, without waiting; they have some seconds to answer."""
         messages, sent = [], []
         for ask, node in asks:
             stamp = Stamp(self.run, ask.action, ask.number, ask.role, draw_nonce())
-            message = request(stamp, self.config, node, ask.arrays, **ask.values)
+            message = request(stamp, self.config, node, ask.arrays, seconds=seconds + _MARGIN, **ask.values)
             messages.append(message)
-            sent.append(Sent(ask, stamp, node, "", time.monotonic(), content_bytes(message)))
+            sent.append(Sent(ask, stamp, node, "", time.monotonic() + seconds, content_bytes(message)))
         for item, message_id in zip(sent, self.grid.push_messages(messages), strict=True):
             item.message_id = message_id or ""
         return sent
+
+    def tell(self, action: str, nodes: Sequence[int], seconds: float) -> dict[int, str]:
+        """Ask nodes for something that is as well if it does not happen: node -> why it has not, for those where it has not."""
+        sent = self.send([(Ask(0, action, f"node/{node}"), node) for node in nodes], seconds)
+        failed = {item.node: f"no reply within {seconds:.0f} s" for item in sent}
+        waiting = {item.message_id: item for item in sent if item.message_id}
+        pause = SHORTEST
+        while waiting and time.monotonic() < sent[0].until:
+            for key, reply in self.poll(waiting).items():
+                node = waiting.pop(key).node
+                failed.pop(node)
+                if isinstance(reply, ReplyError):
+                    failed[node] = str(reply)
+            if waiting:
+                pause = min(LONGEST, pause * 1.5)
+                time.sleep(pause)
+        return failed
 
     def poll(self, waiting: Mapping[str, Sent]) -> dict[str, Reply | ReplyError]:
         """What has arrived by now: message id -> checked reply, or why it is not used."""
@@ -100,26 +118,3 @@ class Exchange:
             except ReplyError as error:
                 arrived[key] = error
         return arrived
-
-    def ask_once(self, asks: Sequence[tuple[Ask, int]], timeout: float) -> tuple[dict[int, Reply], dict[int, ReplyError]]:
-        """Ask nodes one thing without a second try: node -> reply, and node -> failure (a missing reply counts as one)."""
-        sent = self.send(asks)
-        waiting = {item.message_id: item for item in sent if item.message_id}
-        good: dict[int, Reply] = {}
-        failed: dict[int, ReplyError] = {
-            item.node: LostError(f"Flower took no message for node {item.node}; it is gone") for item in sent if not item.message_id
-        }
-        deadline, pause = time.monotonic() + timeout, SHORTEST
-        while waiting and time.monotonic() < deadline:
-            arrived = self.poll(waiting)
-            for key, reply in arrived.items():
-                node = waiting.pop(key).node
-                if isinstance(reply, ReplyError):
-                    failed[node] = reply
-                else:
-                    good[node] = reply
-            pause = SHORTEST if arrived else min(LONGEST, pause * 1.5)
-            if waiting:
-                time.sleep(pause)
-        failed.update({item.node: LostError(f"no reply to {item.stamp} within {timeout:.0f} s") for item in waiting.values()})
-        return good, failed

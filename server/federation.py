@@ -58,7 +58,7 @@ class Federation:
         self.record = record
         self.state = state
         self.config: Config = exchange.config
-        self.teachers = [m for m in plan.teachers if m not in state.dropped]
+        self.teachers = [m for m in plan.modalities if m in {*plan.teachers, *plan.lost} and m not in state.dropped]
         self.roster = Roster(exchange, plan, record.write)
         self.recovery = Recovery(exchange, self.roster, record.write)
         self.result = RunResult(plan.modalities, record.directory, state.outcomes)
@@ -71,6 +71,8 @@ class Federation:
         """Both phases from where the state stands, then the best student's test."""
         if not self.state.number:
             self.checkpoint()  # from now on there is something to resume
+        for m, reason in self.plan.lost.items():
+            self._drop(m, reason)
         if self.state.phase == TEACHERS:
             self._teach()
         self._distil()

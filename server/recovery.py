@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckd_fed.errors import ReplyError
+from ckd_fed.errors import FinalError, ReplyError
 from ckd_fed.wire import Reply
 from server.exchange import LONGEST, SHORTEST, Ask, Exchange, Sent
 from server.roster import Roster
@@ -59,8 +59,8 @@ class Recovery:
 
     A request fails if Flower reports an error, the node refuses, its reply does not pass the checks, or none comes within
     ``federation.reply-timeout``. It is sent again up to ``federation.retry-limit`` times, after pauses that double, to the node that
-    plays the role then; a role whose node is gone waits for it up to ``federation.node-timeout`` seconds. Beyond that a student's loss
-    ends the run; a teacher's is handled as ``federation.on-lost-teacher`` says.
+    plays the role then; a role whose node is gone waits for it up to ``federation.node-timeout`` seconds. Beyond that, and where a node
+    says that it would fail again, a student's loss ends the run; a teacher's is handled as ``federation.on-lost-teacher`` says.
 
     Args:
         exchange: with the nodes.
@@ -90,15 +90,15 @@ class Recovery:
             arrived = self._exchange.poll({key: item for key, (_, item) in waiting.items()}) if waiting else {}
             for key, reply in arrived.items():
                 task, item = waiting.pop(key)
-                answer = _checked(task.ask, reply)
+                answer = self._checked(task.ask, item.node, reply)
                 if isinstance(answer, ReplyError):
-                    self._failed(task, str(answer), idle, result)
+                    self._failed(task, answer, idle, result)
                 else:
                     result.answers[task.ask.action, task.ask.role] = answer
-            for key in [key for key, (_, item) in waiting.items() if time.monotonic() - item.since > self._limits.reply_timeout]:
+            for key in [key for key, (_, item) in waiting.items() if time.monotonic() > item.until]:
                 task, item = waiting.pop(key)
                 late = f"no reply to {item.stamp} within {self._limits.reply_timeout:.0f} s (federation.reply-timeout)"
-                self._failed(task, late, idle, result)
+                self._failed(task, ReplyError(late), idle, result)
             pause = SHORTEST if arrived or sent else min(LONGEST, pause * 1.5)
             if idle or waiting:
                 time.sleep(pause)
@@ -119,56 +119,60 @@ class Recovery:
                 task.absent_since = None
                 due.append((task, node))
         sent: dict[str, tuple[_Task, Sent]] = {}
-        items = self._exchange.send([(task.ask, node) for task, node in due]) if due else []
+        items = self._exchange.send([(task.ask, node) for task, node in due], self._limits.reply_timeout) if due else []
         for (task, node), item in zip(due, items, strict=True):
             result.sent_bytes += item.n_bytes
             if item.message_id:
                 sent[item.message_id] = (task, item)
             else:
-                self._failed(task, f"Flower took no message for {task.ask.action} to {task.ask.role} (node {node}); it is gone", left, result)
+                gone = f"Flower took no message for {task.ask.action} to {task.ask.role} (node {node}); it is gone"
+                self._failed(task, ReplyError(gone), left, result)
         return left, sent
 
-    def _failed(self, task: _Task, reason: str, idle: list[_Task], result: Round) -> None:
+    def _failed(self, task: _Task, error: ReplyError, idle: list[_Task], result: Round) -> None:
         task.failures += 1
-        task.reason = reason
-        if task.failures > self._limits.retry_limit:
-            self._give_up(task, reason, idle, result)
+        task.reason = str(error)
+        if task.failures > self._limits.retry_limit or isinstance(error, FinalError):
+            self._give_up(task, error, idle, result)
             return
         seconds = min(_LONGEST_PAUSE, self._limits.retry_pause * 2 ** (task.failures - 1))
         task.again_at = time.monotonic() + seconds
         result.retries += 1
         idle.append(task)
-        self._write(f"{reason}; trying again in {seconds:.0f} s ({task.failures} of {self._limits.retry_limit}, federation.retry-limit)")
+        self._write(f"{error}; trying again in {seconds:.0f} s ({task.failures} of {self._limits.retry_limit}, federation.retry-limit)")
 
     def _absent(self, task: _Task, idle: list[_Task], result: Round) -> None:
         now = time.monotonic()
         if task.absent_since is None:
             task.absent_since = now
-            self._write(f"{task.ask.role} is not connected; waiting up to {self._limits.node_timeout:.0f} s (federation.node-timeout)")
+            self._write(f"{task.ask.role} has no node at the moment; waiting up to {self._limits.node_timeout:.0f} s (federation.node-timeout)")
         if now - task.absent_since > self._limits.node_timeout:
-            self._give_up(task, f"{task.reason}; its node did not come back within {self._limits.node_timeout:.0f} s", idle, result)
+            away = ReplyError(f"{task.reason}; its node did not come back within {self._limits.node_timeout:.0f} s")
+            self._give_up(task, away, idle, result)
             return
         task.again_at = now + min(LONGEST, self._limits.node_timeout)
         idle.append(task)
 
-    def _give_up(self, task: _Task, reason: str, idle: list[_Task], result: Round) -> None:
+    def _give_up(self, task: _Task, error: ReplyError, idle: list[_Task], result: Round) -> None:
         role, policy = task.ask.role, self._limits.on_lost_teacher
         if role.startswith("teacher/") and policy == "drop":
-            result.lost[role.removeprefix("teacher/")] = reason
+            result.lost[role.removeprefix("teacher/")] = str(error)
             return
-        if role.startswith("teacher/") and policy == "wait":
-            self._write(f"{reason}; waiting on for {role} (federation.on-lost-teacher=wait)")
+        if role.startswith("teacher/") and policy == "wait" and not isinstance(error, FinalError):
+            self._write(f"{error}; waiting on for {role} (federation.on-lost-teacher=wait)")
             task.failures, task.absent_since = 1, None
             task.again_at = time.monotonic() + min(_LONGEST_PAUSE, self._limits.retry_pause * 2**self._limits.retry_limit)
             idle.append(task)
             return
-        raise ReplyError(reason)
+        raise error
 
-
-def _checked(ask: Ask, reply: Reply | ReplyError) -> Answer | ReplyError:
-    if isinstance(reply, ReplyError):
-        return reply
-    try:
-        return Answer(ask.check(reply), reply.n_bytes, reply.busy)
-    except ReplyError as error:
-        return error
+    def _checked(self, ask: Ask, node: int, reply: Reply | ReplyError) -> Answer | ReplyError:
+        if isinstance(reply, ReplyError):
+            return reply
+        changed = self._roster.changed(node, ask.role, reply.holds)
+        if changed:
+            return ReplyError(f"{reply.stamp}: {changed}")
+        try:
+            return Answer(ask.check(reply), reply.n_bytes, reply.busy)
+        except ReplyError as error:
+            return error

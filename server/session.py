@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from ckd_fed.config import Config, flatten, resolve
 from ckd_fed.data.locate import standin_notice
-from ckd_fed.errors import CkdError, ConfigError, DataError, EnrolmentError
+from ckd_fed.errors import ConfigError, DataError, EnrolmentError, FinalError, ReplyError
 from ckd_fed.home import code_version, home
 from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking.console import no_counterfactual_notice
@@ -22,14 +22,15 @@ from ckd_fed.tracking.result import RunResult
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.early_stopping import EarlyStopping
 from server.checkpoints import FINISHED, RunState, load_state
-from server.enrolment import Plan, different_features, enrol
+from server.enrolment import Plan, different_features, enrol, full_name
 from server.exchange import Exchange
 from server.federation import Federation
 from server.traffic import traffic_lines
 
 # What may be set anew when a run is gone on with; everything else decides its result.
 FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "federation.", "tracking.")
-_FIXED = ("federation.teacher_epochs", "federation.student_workers")
+_FIXED = ("federation.teacher_epochs", "federation.student_workers", "federation.stretch_mb")  # the last decides when workers are averaged
+_FORGET_SECONDS = 30.0  # a message takes 6 to 16 s in a deployment
 
 
 @dataclass
@@ -62,13 +63,13 @@ def run_federation(grid: Grid, given: Mapping[str, Any], flower_run_id: int, wri
     with sole_writer(directory):
         write(f"ckd_fed {code_version()}: run {name}, waiting for nodes (up to {config.federation.enrol_timeout:.0f} s)")
         exchange = Exchange(grid, run, config)
-        plan = enrol(exchange, write, absent=tuple(state.dropped) if state else ())
+        plan = enrol(exchange, write, state)
         if plan.card.standin and not state:
             config = resolve(given, standin=True)
             exchange = Exchange(grid, run, config)
         if state is None:
             stopping = EarlyStopping(config.training.patience)
-            state = RunState(run, code_version(), plan.card.split, plan.modalities, len(plan.students), stopping)
+            state = RunState(run, code_version(), plan.card.split, plan.features(), plan.modalities, len(plan.students), stopping)
         else:
             _same(state, plan)
         return _run(exchange, plan, directory, state, flower_run_id, write)
@@ -111,14 +112,25 @@ def _run(exchange: Exchange, plan: Plan, directory: Path, state: RunState, flowe
         record.finish(result, federation.elapsed)
     except BaseException as error:
         record.fail(f"{type(error).__name__}: {error}")
-        if isinstance(error, CkdError):
+        if isinstance(error, ReplyError) and not isinstance(error, FinalError):
             raise type(error)(f"{error}; to go on from the last finished round: -c 'resume=\"{directory.name}\"'") from None
         raise
     finally:
         if config.tracking.report:
             report_quietly(record.directory, write)
     federation.finish()
+    _forget(exchange, federation, write)
     return Session(result, federation)
+
+
+def _forget(exchange: Exchange, federation: Federation, write: Callable[[str], None]) -> None:
+    """Have the nodes delete their workspaces of a run that is finished. Whether they do changes nothing for it."""
+    try:
+        kept = exchange.tell("forget", sorted(federation.roster.cards), _FORGET_SECONDS)
+    except Exception as error:  # above all a SuperLink that has gone
+        kept = dict.fromkeys(federation.roster.cards, f"{type(error).__name__}: {error}")
+    for node, reason in kept.items():
+        write(f"NOTE: {full_name(node, federation.roster.cards[node])} may keep its workspace/{exchange.run}, which can be deleted there ({reason})")
 
 
 def resumed(asked: Config, given: Mapping[str, Any]) -> tuple[Config, RunState]:
@@ -166,6 +178,7 @@ def _same(state: RunState, plan: Plan) -> None:
         "modalities of the student": (",".join(state.modalities), ",".join(plan.modalities)),
         "number of student workers": (str(state.workers), str(len(plan.students))),
         "code": (state.code, code_version()),
+        **{f"features of {role}": (state.features.get(role, now), now) for role, now in plan.features().items()},
     }
     for what, (before, now) in found.items():
         if before != now:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ class Dataset:
     def modalities(self) -> tuple[str, ...]:
         return tuple(self.features)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the split: equal on two nodes exactly if they hold the same interactions in the same parts."""
         digest = hashlib.sha256(f"ckd-split-1 {self.n_users} {self.n_items}".encode())
@@ -61,6 +62,7 @@ class Dataset:
             digest.update(split.items.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    @cached_property
     def feature_fingerprints(self) -> dict[str, str]:
         """Modality -> sha256 of its features, and where it has one of its mask: equal on two nodes exactly if they hold the same."""
         found = {m: features_fingerprint(matrix) for m, matrix in self.features.items()}

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.triples import derive_key, words
 from ckd_fed.errors import ConfigError, unknown
+
+
+def check_hidden(shares: Mapping[str, float], modalities: Collection[str]) -> None:
+    """Whether all that is to be hidden is there.
+
+    Args:
+        shares: modality -> share of its items to hide.
+        modalities: of the student.
+
+    Raises:
+        ConfigError: the student has no such modality.
+    """
+    for modality in shares:
+        if modality not in modalities:
+            raise ConfigError(f"data.missing: {unknown('modality', modality, modalities)}")
 
 
 def hide(dataset: Dataset, shares: Mapping[str, float], seed: int) -> Dataset:
@@ -26,11 +41,11 @@ def hide(dataset: Dataset, shares: Mapping[str, float], seed: int) -> Dataset:
     Raises:
         ConfigError: a student's dataset has no such modality.
     """
+    if len(dataset.modalities) > 1:
+        check_hidden(shares, dataset.modalities)
     masks = dict(dataset.masks)
     for modality, share in shares.items():
         if modality not in dataset.modalities:
-            if len(dataset.modalities) > 1:
-                raise ConfigError(f"data.missing: {unknown('modality', modality, dataset.modalities)}")
             continue
         present = masks.get(modality, np.ones(dataset.n_items, dtype=bool))
         order = np.argsort(words(derive_key("ckd-missing-1", dataset.fingerprint, modality, seed), dataset.n_items), kind="stable")

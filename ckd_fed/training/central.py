@@ -18,6 +18,7 @@ from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import open_dataset, resolve_for_data, standin_notice
+from ckd_fed.data.missing import check_hidden
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.errors import ConfigError
@@ -58,6 +59,7 @@ def train(
         CkdError: bad data or configuration, or a training that cannot go on.
     """
     dataset = open_dataset(config)
+    check_hidden(config.data.hidden_shares, dataset.modalities)
     facts = {
         "modalities": list(dataset.modalities),
         "split": dataset.fingerprint,

@@ -71,7 +71,7 @@ def learner_key(config: Config, dataset: Dataset, role: str) -> str:
     """Equal for two runs exactly if a learner of phase 1 comes out the same in both: data, backbone, seed, training, role."""
     modalities = [role.removeprefix("teacher/")] if role.startswith("teacher/") else list(dataset.modalities)
     hidden = hide(dataset, config.data.hidden_shares, config.seed)
-    features = {m: one for m, one in hidden.feature_fingerprints().items() if m in modalities}
+    features = {m: one for m, one in hidden.feature_fingerprints.items() if m in modalities}
     beside = (*_BESIDE, "balancing.") if role.startswith("teacher/") else _BESIDE
     settings = {key: value for key, value in config.flat().items() if not key.startswith(beside)}
     return json.dumps([role, modalities, dataset.fingerprint, features, config.teacher_round, settings], sort_keys=True)

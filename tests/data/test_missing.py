@@ -10,7 +10,7 @@ from ckd_fed.data.dataset import dense_features, load_dataset
 from ckd_fed.data.missing import hide
 from ckd_fed.errors import ConfigError
 from ckd_fed.training.build import build_trainer
-from ckd_fed.training.central import select
+from ckd_fed.training.central import select, train
 
 
 @pytest.fixture
@@ -48,6 +48,12 @@ def test_a_teacher_and_a_student_hide_the_same_items(dataset):
 
 def test_an_unknown_modality(dataset, refuses):
     refuses(ConfigError, lambda: hide(dataset, {"txet": 0.3}, 0), "data.missing", "did you mean 'text'")
+
+
+def test_an_unknown_modality_ends_a_central_run_before_it_begins(tmp_path, write_dataset, refuses):
+    config = resolve({"data.missing": "txet:0.3", "data.dir": str(write_dataset()), "home": str(tmp_path), "tracking.wandb": "off"})
+    refuses(ConfigError, lambda: train(config, lambda line: None), "data.missing", "did you mean 'text'")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_configuration(refuses):

@@ -128,7 +128,7 @@ def mutate_files(home: Path, count: int, seed: int) -> tuple[Counter, list[str]]
                 dataset = load_dataset(folder)
             if dataset.fingerprint != original.fingerprint:
                 refused["at enrolment, by the split's fingerprint"] += 1
-            elif dataset.feature_fingerprints() != original.feature_fingerprints():
+            elif dataset.feature_fingerprints != original.feature_fingerprints:
                 refused["pointed out at enrolment, by the features' fingerprint"] += 1
             # else: the same dataset written differently (a blank more, an order within a user), which is no mutation
         except DataError as error:

@@ -139,9 +139,8 @@ def lie_stamp(message: Message, rng: Random) -> Message:
 
 def lie_value(message: Message, rng: Random) -> Message | None:
     """A value of the reply of another type or out of range."""
-    own = [
-        name for name in message.content["reply"] if name not in ("protocol", "run", "action", "round", "role", "nonce", "error", "digest", "busy")
-    ]
+    others = ("protocol", "run", "action", "round", "role", "nonce", "error", "digest", "busy", "holds")
+    own = [name for name in message.content["reply"] if name not in others]
     if not own:
         return None
     name = _pick(rng, own)

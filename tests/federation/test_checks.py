@@ -142,6 +142,10 @@ def test_answers_to_something_else(action, change, mention, refused):
         ("test", edit("metrics", **{"recall@20": None}), "'recall@20' is missing"),
         ("test", edit("metrics", **{"ndcg@10": -0.1}), "between 0 and 1"),
         ("evaluate", edit("reply", n_users=-1), "n-users"),
+        ("fit", edit("reply", holds=None), "does not say what it was made with"),
+        ("fit", edit("reply", holds="[1]"), "holds cannot be read"),
+        ("fit", edit("reply", holds='{"code": 1, "split": "", "features": {}}'), "the node says that it holds"),
+        ("fit", edit("reply", holds='{"code": "c", "split": "s", "features": {}}'), "another code and other split and other"),
         ("evaluate", edit("metrics", **{"sum/recall@20": 1e9}), "between 0 and 1"),
     ],
 )

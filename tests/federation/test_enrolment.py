@@ -1,15 +1,20 @@
 """Enrolment names whatever is missing, doubled or different."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 from flwr.app import Error, Message
+from loopback import LoopbackGrid
 
 from ckd_fed.config import resolve
-from ckd_fed.errors import EnrolmentError
+from ckd_fed.errors import ConfigError, EnrolmentError
+from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.wire import NodeCard
-from server.enrolment import assign, different_features
+from server.checkpoints import RunState
+from server.enrolment import assign, different_features, enrol
+from server.exchange import Exchange
 
 CARD = NodeCard(
     role="", modality="", partition=-1, partitions=0, code="0.1.0+aaaaaaaa", split="s" * 64, n_users=10, n_items=20, n_train=3000,
@@ -82,6 +87,8 @@ def test_what_is_missing_is_named_and_may_still_come(cards, missing):
         ({5: teacher("text", split="x" * 64), 6: student()}, ["different splits", "xxxxxxxxxxxx", "ssssssssssss", "train.json"]),
         ({5: teacher("text", code="0.2.0+bbbbbbbb"), 6: student()}, ["different code", "0.2.0+bbbbbbbb", "0.1.0+aaaaaaaa"]),
         ({5: student(), 6: student(modalities="image,text,audio")}, ["different modalities", "image,text,audio"]),
+        ({5: student(), 6: student(features=json.dumps({"image": "i", "text": "other"}))}, ["different features of text", "node 5", "node 6"]),
+        ({5: student(), 6: student(features=json.dumps({"image": "i+abc", "text": "t"}))}, ["different masks of image", "node 5", "node 6"]),
     ],
 )
 def test_what_waiting_cannot_mend_fails_at_once(cards, mentions):
@@ -91,6 +98,19 @@ def test_what_waiting_cannot_mend_fails_at_once(cards, mentions):
     assert "\n" not in message
     for mention in mentions:
         assert mention in message
+
+
+@pytest.mark.parametrize("cards", [{5: teacher("text"), 6: student(), 7: teacher("image")}, simulated(3)])
+def test_settings_that_cannot_come_true_fail_before_anybody_trains(cards, refuses):
+    refuses(ConfigError, lambda: assign(config(**{"data.missing": "audoi:0.3"}), cards), "data.missing", "unknown modality 'audoi'", "image, text")
+    assert assign(config(**{"data.missing": "text:0.3"}), cards)[0]
+
+
+@pytest.mark.parametrize("name", ["clip+bert", "a,b", "a@b"])
+@pytest.mark.parametrize("role", ["student", ""])
+def test_a_modality_whose_name_no_metric_could_hold_is_refused(name, role, refuses):
+    card = replace(CARD, role=role, partitions=1, modalities=f"image,{name}", features=json.dumps({"image": "i", name: "t"}))
+    refuses(EnrolmentError, lambda: assign(config(), {5: card}), f"{name}_feat.npy", "rename")
 
 
 def test_a_second_teacher_of_a_modality_is_its_hot_spare():
@@ -211,13 +231,98 @@ def test_a_node_that_is_lost_at_enrolment_may_come_back(tmp_path, write_dataset,
     assert len([line for line in lines if "node 1002 was lost at enrolment" in line]) == 2
 
 
+class Slow(LoopbackGrid):
+    """Nodes that come, and that answer, only some seconds after the first look."""
+
+    def __init__(self, node_configs, comes=None, answers=None):
+        super().__init__(node_configs)
+        self.comes, self.answers = comes or {}, answers or {}
+        self.started = None
+
+    def _over(self, node, times):
+        self.started = self.started or time.monotonic()
+        return time.monotonic() - self.started >= times.get(node, 0)
+
+    def get_node_ids(self):
+        return [node for node in self.node_configs if self._over(node, self.comes)]
+
+    def pull_messages(self, message_ids):
+        due = [key for key in message_ids if self._over(self._waiting[key].metadata.dst_node_id, self.answers)]
+        return super().pull_messages(due)
+
+
+NEVER = 1e6
+TRIO = [{"role": "student"}, {"role": "teacher", "modality": "text"}, {"role": "teacher", "modality": "image"}]
+
+
+@pytest.fixture
+def introduce(tmp_path, write_dataset):
+    """Enrol the nodes of a grid; returns the plan and the lines."""
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy")
+
+    def run(grid, state=None, **overrides):
+        lines = []
+        chosen = config(home=str(tmp_path), **{"federation.enrol-timeout": 2, "federation.node-timeout": 10, **overrides})
+        return enrol(Exchange(grid, "run", chosen), lines.append, state), lines
+
+    return run
+
+
+def begun(**changes):
+    """The state of a run to go on with."""
+    return RunState("run", CARD.code, CARD.split, {}, ("image", "text"), 1, EarlyStopping(2), **changes)
+
+
+def test_a_silent_node_holds_up_nobody_else(introduce):
+    """The others come while it is asked already, and it is not needed."""
+    plan, lines = introduce(Slow([{"role": "student"}, *TRIO], comes={1002: 0.3, 1003: 0.3, 1004: 0.3}, answers={1001: NEVER}))
+    assert plan.students == (1002,)
+    assert dict(plan.teachers) == {"image": 1004, "text": 1003}
+    assert [line for line in lines if "going on without" in line and "node 1001" in line]
+
+
+def test_a_silent_node_that_is_needed_is_named(introduce, refuses):
+    grid = Slow(TRIO, answers={1001: NEVER})
+    message = refuses(
+        EnrolmentError, lambda: introduce(grid, **{"federation.enrol-timeout": 0.5}), "enrol-timeout", "a student node is missing", "teacher text",
+        "no answer yet (perhaps still busy with an earlier request): node 1001",
+    )  # fmt: skip
+    assert "node 1002," not in message
+    refuses(
+        EnrolmentError, lambda: introduce(Slow(TRIO, answers=dict.fromkeys((1001, 1002, 1003), NEVER)), **{"federation.enrol-timeout": 0.5}),
+        "no node has answered", "node 1001, node 1002, node 1003",
+    )  # fmt: skip
+
+
+def test_a_resumed_run_waits_longer_for_a_node_that_is_still_busy(introduce, refuses):
+    slow = {"federation.enrol-timeout": 0.3}
+    refuses(EnrolmentError, lambda: introduce(Slow(TRIO, answers={1001: 1}), **slow), "a student node is missing")
+    plan, lines = introduce(Slow(TRIO, answers={1001: 1}), begun(), **slow)
+    assert plan.students == (1001,)
+    assert [line for line in lines if "federation.node-timeout" in line and "node 1001" in line]
+    refuses(
+        EnrolmentError, lambda: introduce(Slow(TRIO, answers={1001: NEVER}), begun(), **slow, **{"federation.node-timeout": 0.6}),
+        "federation.node-timeout", "node 1001",
+    )  # fmt: skip
+    refuses(EnrolmentError, lambda: introduce(Slow(TRIO[1:]), begun(), **slow), "enrol-timeout", "a student node is missing")
+
+
+def test_a_resumed_run_prefers_who_played_the_role_to_who_answers_first(introduce, tmp_path, monkeypatch):
+    monkeypatch.setattr("clients.node.held_roles", lambda root, run: {"student/0": 20} if "first" in str(root) else {})
+    grid = Slow([{"role": "student", "home": str(tmp_path / "first"), "data-dir": str(tmp_path / "data/toy")}, *TRIO], answers={1001: 0.5})
+    plan, _ = introduce(grid, begun())
+    assert plan.students == (1001,)
+    assert plan.spare == (1002,)
+
+
 def test_two_nodes_with_different_splits(tmp_path, write_dataset, federate, refuses):
     one, other = write_dataset("one"), write_dataset("other", seed=1)
     nodes = [{"role": "student", "data-dir": str(one)}, {"role": "teacher", "modality": "text", "data-dir": str(other)}]
     refuses(EnrolmentError, lambda: federate({"dataset": "toy"}, nodes=nodes), "different splits")
 
 
-def test_a_teacher_node_needs_no_other_modality_on_its_disk(tmp_path, write_dataset, federate):
+def test_a_teacher_node_needs_no_other_modality_on_its_disk(tmp_path, write_dataset, federate, keep):
     folders = {}
     for role, keep in {"image": {"image"}, "text": {"text"}, "student": {"image", "text"}}.items():
         folders[role] = write_dataset(role, n_users=30)

@@ -1,11 +1,14 @@
 """Nodes that fail, vanish, come back or are replaced: no round is lost, and what cannot be mended is handled as configured."""
 
+import time
+
 import numpy as np
 import pytest
 from flwr.app import Error, Message
+from loopback import LoopbackGrid
 
 from ckd_fed.checkpoint import load_checkpoint, load_state
-from ckd_fed.errors import ReplyError
+from ckd_fed.errors import EnrolmentError, ReplyError
 from ckd_fed.tracking.record import read_rows
 from clients import node as client_node
 
@@ -154,7 +157,7 @@ def test_a_teacher_comes_back_under_another_id(action, tmp_path, homes, federate
 
 
 @pytest.mark.parametrize("action", ["fit", "test", "score"])
-def test_a_hot_spare_takes_over_with_the_same_margins(action, tmp_path, homes, federate):
+def test_a_hot_spare_takes_over_with_the_same_margins(action, tmp_path, homes, federate, keep):
     """It has never trained; from the same data, seed and code it arrives at the same teacher."""
     nodes = homes("image", "text", "student", "text")
     federate(SMALL, nodes=nodes, run="undisturbed")
@@ -200,6 +203,22 @@ def test_a_newcomer_with_other_data_does_not_take_over(tmp_path, homes, write_da
     assert [line for line in lines if "cannot take part: it holds another split" in line]
 
 
+def test_a_silent_newcomer_holds_up_nobody_else(homes, federate):
+    nodes = homes("image", "text", "student")
+    grid = leave_at(
+        type(federate.grid()),
+        nodes,
+        lambda m: kind(m) == "score" and m.content["request"]["role"] == "teacher/text",
+        lambda configs: configs.update({76: {}, 77: configs[1002]}),
+    )
+    answering = grid.pull_messages
+    grid.pull_messages = lambda keys: answering([key for key in keys if grid._waiting[key].metadata.dst_node_id != 76])
+    started = time.monotonic()
+    _, _, federation = federate(SMALL, nodes=grid)
+    assert federation.roster.nodes["teacher/text"] == 77
+    assert time.monotonic() - started < 60
+
+
 def gone_for_good(federate, nodes, role, action="score"):
     return leave_at(type(federate.grid()), nodes, lambda m: kind(m) == action and m.content["request"]["role"] == role, lambda configs: None)
 
@@ -218,6 +237,27 @@ def test_drop_goes_on_with_the_others(action, tmp_path, homes, federate):
     last = [row for row in rows if row["event"] == "round" and row["phase"] == "distillation"][-1]
     assert "weight/text" not in last
     assert last["weight/image"] + last["weight/audio"] == pytest.approx(2)
+    assert load_state(tmp_path / "runs/run/checkpoints/state.safetensors")["dropped"].keys() == {"text"}
+
+
+@pytest.mark.parametrize("action", ["fit", "score"])
+def test_a_run_is_gone_on_with_though_its_teacher_is_gone_for_good(action, tmp_path, homes, federate, refuses):
+    nodes = homes("image", "text", "student")
+    refuses(ReplyError, lambda: federate(SMALL, nodes=gone_for_good(federate, nodes, "teacher/text", action), run="run"), 'resume="run"')
+    resume = {"resume": "run", "federation.on-lost-teacher": "drop"}
+    left = [nodes[0], nodes[2]]
+    refuses(EnrolmentError, lambda: federate({"resume": "run"}, nodes=left), "the teacher of text is missing", 'on-lost-teacher="drop"')
+    refuses(EnrolmentError, lambda: federate(resume, nodes=[nodes[2]]), "the teacher of image and of text is missing")
+    refuses(EnrolmentError, lambda: federate({**SMALL, "federation.on-lost-teacher": "drop"}, nodes=left, run="new"), "the teacher of text")
+    lines = []
+    result, _, federation = federate(resume, nodes=left, write=lines.append)
+    assert federation.teachers == ["image"]
+    assert result.outcomes["student"].test
+    assert [line for line in lines if line.startswith("!! teacher text is DROPPED") and "the teacher of text is missing" in line]
+    rows = read_rows(tmp_path / "runs/run/metrics.jsonl")
+    assert [row["modality"] for row in rows if row["event"] == "dropped"] == ["text"]
+    last = [row for row in rows if row["event"] == "round" and row["phase"] == "distillation"][-1]
+    assert "weight/text" not in last
     assert load_state(tmp_path / "runs/run/checkpoints/state.safetensors")["dropped"].keys() == {"text"}
 
 
@@ -262,6 +302,116 @@ def test_a_spare_student_takes_over(homes, federate):
     _, _, federation = federate(SMALL, nodes=grid, write=lines.append)
     assert federation.roster.nodes["student/0"] == 1004
     assert [line for line in lines if "optimiser started anew" in line]
+
+
+def test_a_spare_student_with_other_features_does_not_take_over(tmp_path, homes, write_dataset, federate, refuses):
+    nodes = homes("image", "text", "student")
+    other = write_dataset("other", n_users=60, n_items=40)
+    np.save(other / "text_feat.npy", np.load(other / "text_feat.npy") + 1)
+    grid = leave_at(
+        type(federate.grid()),
+        nodes,
+        lambda m: kind(m) == "distil",
+        lambda configs: configs.update({77: {**nodes[2], "data-dir": str(other), "home": str(tmp_path / "home/other")}}),
+    )
+    lines = []
+    refuses(ReplyError, lambda: federate(SMALL, nodes=grid, write=lines.append), "did not come back within")
+    assert [line for line in lines if "node 77" in line and "cannot take part: the run's students have different features of text" in line]
+
+
+def test_a_failure_that_would_come_again_is_not_tried_again(homes, federate, refuses):
+    """Nor does the error say that resuming would help."""
+    nodes = homes("image", "text", "student")
+    lines = []
+    overrides = {**SMALL, "training.learning-rate": 1e30, "federation.on-lost-teacher": "wait"}
+    message = refuses(ReplyError, lambda: federate(overrides, nodes=nodes, write=lines.append), "lower training.learning-rate")
+    assert "resume" not in message
+    assert not [line for line in lines if "trying again" in line]
+
+
+def test_requests_live_as_long_as_their_answer_is_waited_for(homes, federate):
+    """Not half a day, as they do in Flower by default: neither shorter than federation.reply-timeout nor for nobody."""
+    _, grid, _ = federate({**SMALL, "federation.reply-timeout": 100_000, "federation.enrol-timeout": 30}, nodes=homes("image", "text", "student"))
+    lives = {(kind(message) == "enrol", round(message.metadata.ttl, -1)) for message, _ in grid.seen if kind(message) != "forget"}
+    assert lives == {(True, 30), (False, 100_000)}
+
+
+def replaced(nodes, index, when, folder):
+    """A grid where a node, still the same id, has another data folder from the first message on for which ``when`` holds."""
+
+    class Grid(LoopbackGrid):
+        def push_messages(self, messages):
+            if any(when(message) for message in messages):
+                self.node_configs[1001 + index] = {**nodes[index], "data-dir": str(folder)}
+            return super().push_messages(messages)
+
+    return Grid(nodes)
+
+
+@pytest.mark.parametrize(("index", "role", "action"), [(1, "teacher/text", "score"), (1, "teacher/text", "fit"), (2, "student/0", "evaluate")])
+def test_a_node_whose_features_were_replaced_between_two_rounds(index, role, action, homes, write_dataset, federate, refuses):
+    """Its id is the same and it says nothing; what it did with them is not used."""
+    nodes = homes("image", "text", "student")
+    other = write_dataset("other", n_users=60, n_items=40)
+    np.save(other / "text_feat.npy", np.load(other / "text_feat.npy") + 1)
+    grid = replaced(nodes, index, lambda m: kind(m) == action and m.content["request"]["role"] == role, other)
+    lines = []
+    refuses(ReplyError, lambda: federate(SMALL, nodes=grid, write=lines.append), "it was made with another text features", f"node {1001 + index} on")
+    assert [line for line in lines if "cannot take part" in line and "text" in line]
+
+
+def test_a_node_whose_features_were_replaced_makes_room_for_its_spare(tmp_path, homes, write_dataset, federate):
+    nodes = homes("image", "text", "student", "text")
+    federate(SMALL, nodes=nodes, run="undisturbed")
+    other = write_dataset("other", n_users=60, n_items=40)
+    np.save(other / "text_feat.npy", np.load(other / "text_feat.npy") + 1)
+    grid = replaced(nodes, 1, lambda m: kind(m) == "score", other)
+    _, _, federation = federate(SMALL, nodes=grid, run="run")
+    assert federation.roster.nodes["teacher/text"] == 1004
+    assert equal(tmp_path, "run", "undisturbed")
+
+
+def test_a_node_whose_code_was_replaced(homes, federate, refuses, monkeypatch):
+    nodes = homes("image", "text", "student")
+
+    def update(message, reply):
+        if kind(message) == "score":
+            monkeypatch.setattr(client_node, "code_version", lambda: "0.2.0+bbbbbbbb")
+        return reply
+
+    lines = []
+    refuses(ReplyError, lambda: federate(SMALL, nodes=nodes, tamper=update, write=lines.append), "it was made with another code")
+    assert [line for line in lines if "cannot take part: it runs other code, 0.2.0+bbbbbbbb" in line]
+
+
+def test_a_node_that_was_mended_while_it_was_away_may_take_part(tmp_path, homes, write_dataset, federate):
+    """It came with other data first, under the id that it still has."""
+    nodes = homes("image", "text", "student")
+    other = write_dataset("other", n_users=60, n_items=40, seed=5)
+
+    class Grid(LoopbackGrid):
+        looks = 0
+
+        def get_node_ids(self):
+            if 77 in self.node_configs:
+                self.looks += 1
+            if self.looks == 3:
+                self.node_configs[77] = nodes[1]
+            return [node for node in self.node_configs if not (node == 77 and self.looks == 2)]
+
+        def push_messages(self, messages):
+            if any(kind(m) == "score" and m.metadata.dst_node_id == 1002 for m in messages) and 1002 in self.node_configs:
+                del self.node_configs[1002]
+                self.node_configs[77] = {**nodes[1], "data-dir": str(other)}
+            return ["" if m.metadata.dst_node_id == 1002 and kind(m) == "score" else self._push(m) for m in messages]
+
+        def _push(self, message):
+            return super().push_messages([message])[0]
+
+    lines = []
+    _, _, federation = federate({**SMALL, "federation.node-timeout": 20}, nodes=Grid(nodes), write=lines.append)
+    assert federation.roster.nodes["teacher/text"] == 77
+    assert [line for line in lines if "node 77" in line and "cannot take part: it holds another split" in line]
 
 
 def test_a_late_reply_to_an_earlier_request_is_not_used(tmp_path, homes, federate):

@@ -6,9 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from flwr.app import Error, Message
 
 from ckd_fed.checkpoint import load_checkpoint, load_state, save_checkpoint
-from ckd_fed.errors import ConfigError, DataError, EnrolmentError
+from ckd_fed.errors import ConfigError, DataError, EnrolmentError, ReplyError
 from ckd_fed.tracking.record import Record, read_rows
 from clients import node as client_node
 
@@ -92,7 +93,8 @@ def test_killed_anywhere_and_resumed(workers, toy, federate, kill):
     overrides = {**SMALL, "federation.student-workers": workers, "plain": workers == 1, "federation.messaging-share": 0}
     nodes = [{"partition-id": i, "num-partitions": 2 + workers} for i in range(2 + workers)]
     _, grid, _ = federate(overrides, run="undisturbed", nodes=nodes)
-    points = range(len(nodes) + 1, len(grid.seen) - 1)  # after enrolment, the run's first checkpoint
+    before_the_end = [message for message, _ in grid.seen if not message.metadata.message_type.endswith(".forget")]
+    points = range(len(nodes) + 1, len(before_the_end) - 1)  # after enrolment, the run's first checkpoint
     draw = random.Random(workers)
     for index, point in enumerate(draw.sample(points, 10 if workers == 1 else 4)):
         kill(overrides, point, answered=index % 2 == 0, run=f"run{index}", nodes=nodes)
@@ -138,6 +140,43 @@ def test_a_student_that_lost_its_workspace_is_said_to_start_its_optimiser_anew(t
     assert result.outcomes["student"].test
 
 
+def test_a_run_is_not_gone_on_with_on_other_features(toy, federate, kill, refuses):
+    kill(SMALL, 12, answered=True, run="run")
+    path = toy / "data/toy/text_feat.npy"
+    features = np.load(path)
+    np.save(path, features + 1)
+    refuses(EnrolmentError, lambda: federate({"resume": "run", "name": ""}), "another features of", "text")
+    np.save(path, features)
+    federate({"resume": "run", "name": ""})
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_workspace_is_set_aside_and_counts_as_lost(toy, federate, kill, capsys):
+    federate(SMALL, run="undisturbed")
+    kill(SMALL, 14, answered=True, run="run")
+    state = toy / "workspace/run-000001/teacher-text/state.safetensors"
+    cut(state)
+    federate({"resume": "run", "name": ""})
+    same(toy, "run", "undisturbed")
+    assert state.with_name("state.safetensors.damaged").is_file()
+    assert [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line and "set aside as state.safetensors.damaged" in line]
+
+
+def test_a_students_damaged_states_are_set_aside_both(toy, federate, kill):
+    kill(SMALL, 21, answered=True, run="run")
+    folder = toy / "workspace/run-000001/student-0"
+    for name in ("state", "previous"):
+        cut(folder / f"{name}.safetensors")
+    lines = []
+    result, _, _ = federate({"resume": "run", "name": ""}, write=lines.append)
+    assert [line for line in lines if "student/0 had no workspace" in line]
+    assert result.outcomes["student"].test
+    assert {path.name for path in folder.glob("*.damaged")} == {"state.safetensors.damaged", "previous.safetensors.damaged"}
+
+
 def test_a_name_that_is_used_again_finds_no_old_workspace(toy, federate, kill):
     kill({**SMALL, "seed": 1}, 9, answered=True, run="run")
     shutil.rmtree(toy / "runs/run")
@@ -154,6 +193,7 @@ def test_what_cannot_be_resumed(toy, federate, kill, refuses):
         ConfigError, lambda: federate({**resume, "training.epochs": 13}), "training.epochs is 13 here", "'run' has 12", "leave training.epochs out"
     )
     refuses(ConfigError, lambda: federate({**resume, "federation.student-workers": 2}), "federation.student-workers is 2 here")
+    refuses(ConfigError, lambda: federate({**resume, "federation.stretch-mb": 32.0}), "federation.stretch-mb is 32.0 here", "'run' has 64.0")
     refuses(ConfigError, lambda: federate({**resume, "name": "other"}), "name is 'other' here")
     federate({**resume, "training.epochs": 12, "federation.retry-limit": 7})  # repeated, and changed where nothing depends on it
     refuses(ConfigError, lambda: federate(resume), "'run' is finished")
@@ -189,6 +229,48 @@ def test_two_processes_cannot_write_one_run(toy, federate, kill, refuses):
     with sole_writer(toy / "runs/run"):
         refuses(ConfigError, lambda: federate({"resume": "run", "name": ""}), "another process is writing")
     federate({"resume": "run", "name": ""})
+
+
+def states(toy):
+    return list((toy / "workspace").rglob("*.safetensors*"))
+
+
+def test_a_finished_run_leaves_no_workspaces_but_what_the_teachers_wrote_down(toy, federate, refuses):
+    def fail(message, reply):
+        return Message(Error(2, "boom"), reply_to=message) if message.metadata.message_type == "query.test" else reply
+
+    refuses(ReplyError, lambda: federate({**SMALL, "federation.retry-limit": 0}, run="failed", tamper=fail), "boom")
+    assert states(toy)
+    federate(SMALL, run="run")
+    assert all("failed-000001" in path.parts for path in states(toy))
+    assert {path.name for path in (toy / "runs/run/checkpoints").iterdir()} == {"best.safetensors", "last.safetensors", "state.safetensors"}
+    given = [path for path in toy.rglob("*.jsonl") if "run-000001" in str(path)]
+    assert len(given) == 2
+    assert all(any(row.get("new") for row in read_rows(path)) for path in given)
+
+
+@pytest.mark.parametrize("fault", ["refused", "gone"])
+def test_a_node_that_does_not_delete_its_workspace_changes_nothing(fault, toy, federate, monkeypatch):
+    grid_class, lines = type(federate.grid()), []
+    push = grid_class.push_messages
+
+    def fail(self, messages):
+        if messages[0].metadata.message_type == "query.forget":
+            raise ConnectionError("the SuperLink is gone")
+        return push(self, messages)
+
+    def refuse(self, run):
+        raise OSError("read-only file system")
+
+    if fault == "gone":
+        monkeypatch.setattr(grid_class, "push_messages", fail)
+    else:
+        monkeypatch.setattr(client_node.Node, "forget", refuse)
+    result, _, _ = federate(SMALL, run="run", write=lines.append)
+    assert result.outcomes["student"].test
+    assert load_state(toy / "runs/run/checkpoints/state.safetensors")["phase"] == "finished"
+    said = "the SuperLink is gone" if fault == "gone" else "read-only file system"
+    assert len([line for line in lines if "may keep its workspace/run-000001" in line and said in line]) == 2
 
 
 def test_every_round_is_checkpointed(toy, federate):

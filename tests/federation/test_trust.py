@@ -64,7 +64,7 @@ def secrets(home, run):
     return found
 
 
-def test_no_message_holds_features_interactions_or_a_teachers_parameters(toy, federate):
+def test_no_message_holds_features_interactions_or_a_teachers_parameters(toy, federate, keep):
     """Every message and reply of a run, as the bytes that Flower sends."""
     _, grid, _ = federate(SMALL)
     wire = [message_to_proto(message).SerializeToString() for pair in grid.seen for message in pair]
@@ -114,6 +114,13 @@ def teacher(toy, federate):
         return ask(config, overrides, run=run, **{"from-epoch": first, "epochs": epochs, "workers": 1, **best})
 
     return margins, lambda: read_rows(ledger)
+
+
+def test_a_request_that_was_given_up_while_the_node_was_busy_is_not_carried_out(toy, refuses):
+    overrides = {**SMALL, "home": str(toy)}
+    node = {"role": "teacher", "modality": "text"}
+    refuses(ReplyError, lambda: ask(node, overrides, "fit", run="late", seconds=-5, **{"from-epoch": 0, "epochs": 3}), "fit", "given up 5 s ago")
+    assert not (toy / "workspace/late").exists()
 
 
 def test_a_teacher_writes_down_what_it_gave(teacher, toy):
