@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from ckd_fed.config import Config, resolve
+from ckd_fed.config import Config, is_folder_name, resolve
 from ckd_fed.distillation.margins import DTYPES
 from ckd_fed.errors import LostError, ReplyError
 
@@ -144,7 +144,7 @@ def read_request(message: Message) -> Request:
     """Read a request on a node.
 
     Raises:
-        ReplyError: another protocol version, or a request that lacks a part.
+        ReplyError: another protocol version, a request that lacks a part, or a run or role that would lead out of the node's folders.
         ConfigError: a configuration this node does not understand.
     """
     try:
@@ -155,9 +155,12 @@ def read_request(message: Message) -> Request:
         if values.pop("digest") != digest(message.content, "request"):
             raise ReplyError("a request is damaged: its contents do not match its digest")
         stamp = Stamp(**{item.name: values.pop(item.name) for item in fields(Stamp)})
+        for name, text in {"run": stamp.run, "role": stamp.role.replace("/", "-")}.items():  # nodes have folders of these names
+            if not is_folder_name(text):
+                raise ReplyError(f"the {name} of a request is {text!r}, which is no plain folder name; this node refuses")
         config = resolve(json.loads(values.pop("config")))
         arrays = _unpack(message.content["arrays"]) if "arrays" in message.content else {}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReplyError(f"a request lacks {error} or is not of wire protocol {PROTOCOL}") from None
     return Request(stamp, config, values, arrays)
 

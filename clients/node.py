@@ -16,7 +16,7 @@ from ckd_fed.backbones.build import backbone_class
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.locate import locate
-from ckd_fed.errors import ConfigError, unknown
+from ckd_fed.errors import ConfigError, ReplyError, unknown
 from ckd_fed.home import code_version, home
 from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
@@ -92,7 +92,14 @@ class Node:
         )
 
     def workspace(self, run: str, role: str) -> Workspace:
-        """A role's place on this node's disk."""
+        """A role's place on this node's disk.
+
+        Raises:
+            ReplyError: a real node is asked to play another role than its own; a teacher that played the student would send parameters.
+        """
+        own, modality = self.node_config.get("role", ""), self.node_config.get("modality", "")
+        if (own == "teacher" and role != f"teacher/{modality}") or (own == "student" and role.startswith("teacher/")):
+            raise ReplyError(f"this node is {own} {modality}".rstrip() + f", not {role!r}; it refuses")
         return Workspace(self._workspaces, run, role)
 
     def ledger(self, run: str, role: str) -> Ledger:
@@ -100,11 +107,15 @@ class Node:
         budget = self.node_config.get("score-budget", 0)
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
             raise ConfigError(f"node-config: score-budget is {budget!r}; a whole number of margins is needed, 0 for no limit")
-        return Ledger(self.workspace(run, role).path.parent, budget)
+        return Ledger(self._home / "answers" / role.replace("/", "-"), run, budget)
+
+    @property
+    def _home(self) -> Path:
+        return home(self.config, self.node_config)
 
     @property
     def _workspaces(self) -> Path:
-        return home(self.config, self.node_config) / "workspace"
+        return self._home / "workspace"
 
     def fit(self, run: str, role: str, share: tuple[int, int] = (0, 1), *, exact: bool = True) -> tuple[Fit, dict[str, Any]]:
         """A role's model in the state it was last saved in (fresh where none was), and the values saved beside it.
