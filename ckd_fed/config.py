@@ -221,7 +221,7 @@ class Config:
         return tuple(name.strip() for name in self.data.modalities.split(",") if name.strip())
 
     def flat(self) -> dict[str, Scalar]:
-        """Every key with its value, dotted and hyphenated: what :func:`resolve` takes back."""
+        """Every key with its value, dotted and hyphenated: what :func:`restore` takes back."""
         return {key.replace("_", "-") if not key.startswith("model.") else key: value for key, value in _walk(self, "")}
 
     def to_yaml(self) -> str:
@@ -292,6 +292,20 @@ def resolve(*layers: Mapping[str, Any], standin: bool = False) -> Config:
     values.update(recipe)
     values.update(given)
     return _build(values)
+
+
+def restore(*layers: Mapping[str, Any]) -> Config:
+    """A configuration that was resolved before, from its own values (:meth:`Config.flat`, a run's ``config.yaml``) and nothing else.
+
+    No file in ``configs/`` counts: on another machine, or on another day, they may say something else or be missing.
+
+    Args:
+        layers: nested or dotted keys, the last one winning.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+    """
+    return _build({key: value for layer in layers for key, value in flatten(layer).items()})
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from ckd_fed.config import Config, is_folder_name, resolve
+from ckd_fed.config import Config, is_folder_name, restore
 from ckd_fed.distillation.margins import DTYPES
 from ckd_fed.errors import LostError, ReplyError
 
@@ -158,7 +158,7 @@ def read_request(message: Message) -> Request:
         for name, text in {"run": stamp.run, "role": stamp.role.replace("/", "-")}.items():  # nodes have folders of these names
             if not is_folder_name(text):
                 raise ReplyError(f"the {name} of a request is {text!r}, which is no plain folder name; this node refuses")
-        config = resolve(json.loads(values.pop("config")))
+        config = restore(json.loads(values.pop("config")))
         arrays = _unpack(message.content["arrays"]) if "arrays" in message.content else {}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReplyError(f"a request lacks {error} or is not of wire protocol {PROTOCOL}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ckd_fed.analysis.history import RunHistory
 from ckd_fed.backbones.base import Backbone, Embeddings, View
 from ckd_fed.checkpoint import load_checkpoint, to_tensors
-from ckd_fed.config import Config, resolve
+from ckd_fed.config import Config, restore
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import open_dataset
 from ckd_fed.errors import DataError
@@ -34,7 +34,7 @@ def load_student(history: RunHistory) -> Student:
     Raises:
         DataError: the run has no checkpoint, the dataset is not on this machine, or it is not the one the run was trained on.
     """
-    config = resolve(history.config)
+    config = restore(history.config)
     path = history.directory / "checkpoints" / "best.safetensors"
     if not path.is_file():
         raise DataError(f"run {history.name} has no {path.relative_to(history.directory)} ({history.state}); a run keeps its best student there")
