@@ -139,7 +139,8 @@ class Node:
         """A role's model before its first epoch."""
         distilled = role.startswith("student/") and self.config.distillation.enabled
         name = role.partition("/")[0] if role.startswith("student/") else role  # all workers start from the same student
-        return build_fit(self.config, build_trainer(self.config, self.dataset(role), name, distilled=distilled, device=self.device, share=share))
+        dataset, cache = self.dataset(role), self._home / "cache"
+        return build_fit(self.config, build_trainer(self.config, dataset, name, distilled=distilled, device=self.device, share=share, cache=cache))
 
     def save(self, run: str, role: str, fit: Fit, *, keep_previous: bool = False, **values: Any) -> None:
         """Save a role's model, and remember it for as long as this process and the file live."""

@@ -11,6 +11,7 @@ from ckd_fed.config import Config, restore
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import open_dataset
 from ckd_fed.errors import DataError
+from ckd_fed.home import home
 from ckd_fed.training.build import build_trainer
 
 
@@ -44,7 +45,7 @@ def load_student(history: RunHistory) -> Student:
             f"run {history.name} was trained on another split ({history.start['split'][:12]}) than the one in {dataset.directory} "
             f"({dataset.fingerprint[:12]}); put the run's own data there"
         )
-    trainer = build_trainer(config, dataset, "student")
+    trainer = build_trainer(config, dataset, "student", cache=home(config) / "cache")
     try:
         trainer.restore(to_tensors(load_checkpoint(path)[0]))
     except RuntimeError as error:  # torch names the parameters that do not fit
