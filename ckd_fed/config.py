@@ -29,6 +29,11 @@ def configs_directory() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
+def is_folder_name(name: object) -> bool:
+    """Whether something is the name of a folder within another, and no way out of it or to a hidden one."""
+    return isinstance(name, str) and name != "" and name.isprintable() and not any(mark in name for mark in "/\\") and not name.startswith(".")
+
+
 def _positive(**more: Any) -> Any:
     return field(metadata={"above": 0}, **more)
 
@@ -156,7 +161,7 @@ class Config:
         recipe: name of a file in configs/recipes.
         name: of the run; by default made of dataset, backbone and the time.
         resume: name of a run to go on with; its own configuration counts then.
-        home: where data, runs and workspaces live; by default $CKD_FED_HOME or ~/.ckd_fed.
+        home: where data, runs and workspaces live; by default $CKD_FED_HOME or ~/.ckd_fed. Real nodes have their own.
         model: the backbone's options (``model.*``).
     """
 
@@ -182,7 +187,7 @@ class Config:
             raise ConfigError(f"dataset is {self.dataset!r}; a plain name such as 'baby' is needed (use data.dir for a folder elsewhere)")
         backbone_target(self.backbone)  # raises for an unknown name
         for key, name in {"name": self.name, "resume": self.resume}.items():
-            if not name.isprintable() or any(mark in name for mark in "/\\") or name.startswith("."):
+            if name and not is_folder_name(name):
                 raise ConfigError(f"{key} is {name!r}; a run's name is a plain folder name")
         ks = self.ks
         if 20 not in ks:
@@ -216,7 +221,7 @@ class Config:
         return tuple(name.strip() for name in self.data.modalities.split(",") if name.strip())
 
     def flat(self) -> dict[str, Scalar]:
-        """Every key with its value, dotted and hyphenated: what :func:`resolve` takes back."""
+        """Every key with its value, dotted and hyphenated: what :func:`restore` takes back."""
         return {key.replace("_", "-") if not key.startswith("model.") else key: value for key, value in _walk(self, "")}
 
     def to_yaml(self) -> str:
@@ -287,6 +292,20 @@ def resolve(*layers: Mapping[str, Any], standin: bool = False) -> Config:
     values.update(recipe)
     values.update(given)
     return _build(values)
+
+
+def restore(*layers: Mapping[str, Any]) -> Config:
+    """A configuration that was resolved before, from its own values (:meth:`Config.flat`, a run's ``config.yaml``) and nothing else.
+
+    No file in ``configs/`` counts: on another machine, or on another day, they may say something else or be missing.
+
+    Args:
+        layers: nested or dotted keys, the last one winning.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+    """
+    return _build({key: value for layer in layers for key, value in flatten(layer).items()})
 
 
 def read_recipe(name: str) -> dict[str, Any]:

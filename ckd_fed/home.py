@@ -17,9 +17,11 @@ from ckd_fed.errors import ConfigError
 def home(config: Config, node_config: Mapping[str, object] | None = None) -> Path:
     """The folder of data, runs and workspaces: the node's own ``home``, else the configuration's, else $CKD_FED_HOME, else ~/.ckd_fed.
 
-    Never the current directory: under Flower it belongs to somebody else.
+    Never the current directory: under Flower it belongs to somebody else. On a real node the configuration's does not count: it is the
+    server's, and would let it choose where a teacher looks up what it gave away so far.
     """
-    given = str((node_config or {}).get("home", "")) or config.home or os.environ.get("CKD_FED_HOME", "")
+    foreign = node_config is not None and "partition-id" not in node_config
+    given = str((node_config or {}).get("home", "")) or ("" if foreign else config.home) or os.environ.get("CKD_FED_HOME", "")
     path = Path(given).expanduser() if given else Path.home() / ".ckd_fed"
     if not path.is_absolute():
         raise ConfigError(f"home is {given!r}; an absolute path is needed, because Flower starts the apps in folders of its own")

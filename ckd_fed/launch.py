@@ -1,8 +1,8 @@
 """``ckd-fed run``: ``flwr run``, then wait, show the log, and end with an exit code that means something.
 
 ``flwr run`` returns 0 when the app failed, and on a local connection leaves a SuperLink in the background that keeps the environment
-of the first run. Here a local connection gets a SuperLink of its own, with today's environment, on free ports, stopped at the end.
-Flower is driven through its command line only.
+of the first run. Here a local connection gets a SuperLink of its own, with today's environment, on free ports, stopped at the end,
+also where the end is a signal. Flower is driven through its command line only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from typing import Any
 from ckd_fed.errors import CkdError, ConfigError
 
 _STARTUP_SECONDS = 30.0
+_POLL_SECONDS = 2.0
+_SILENCE_SECONDS = 120.0  # for which a SuperLink may not say how the run is: it restarts, or the network is gone for a moment
+_STOP_SECONDS = 30.0
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; `timeout`, CI and systemd; a terminal that was closed
 _LOCAL = (":local:", ":local-in-memory:")
 
 
@@ -46,12 +50,12 @@ def flower_run(
         follow: takes every line of the run's log; None leaves them to flwr's own output.
 
     Raises:
-        RunError: the run did not complete; the message ends with the reason.
+        RunError: the run did not complete, or a signal ended it; the message ends with the reason.
     """
     environment = {**os.environ, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     environment.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with _superlink(connection, environment, write):
+    with _orderly_end(), _superlink(connection, environment, write):
         _run(app, connection, overrides, environment, follow)
 
 
@@ -81,11 +85,53 @@ def _run(app: Path, connection: str | None, overrides: Sequence[str], environmen
     try:
         _log([*_flwr(), "log", run_id, *target, "--stream"], environment, follow)
         status, details = _wait(run_id, target, environment)
-    except KeyboardInterrupt:
-        subprocess.run([*_flwr(), "stop", run_id, *target], env=environment, check=False, stdout=subprocess.DEVNULL)
-        raise RunError(f"interrupted; run {run_id} was asked to stop") from None
+    except KeyboardInterrupt as interrupt:
+        raise RunError(f"{interrupt}; {_stop(run_id, target, environment)}") from None
     if status != "finished:completed":
         raise RunError(f"run {run_id} ended as {status.partition(':')[2] or status}: {_reason(details)}")
+
+
+@contextmanager
+def _on_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Hand over the signals that would end this process; those that are ignored already stay so: ``nohup`` means it."""
+    before = {each: signal.getsignal(each) for each in _ENDING if signal.getsignal(each) != signal.SIG_IGN}
+    try:
+        for each in before:
+            signal.signal(each, handler)
+        yield
+    finally:
+        for each, previous in before.items():
+            signal.signal(each, previous)
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """A signal interrupts the context, so that it ends what it started; further ones are ignored meanwhile.
+
+    Raises:
+        RunError: one came.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in _ENDING:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(f"interrupted by {signal.Signals(number).name}")
+
+    with _on_signals(interrupt):
+        try:
+            yield
+        except KeyboardInterrupt as interrupted:
+            raise RunError(str(interrupted)) from None
+
+
+def _stop(run_id: str, target: Sequence[str], environment: dict[str, str]) -> str:
+    """Ask a run to stop; returns in words whether that went well."""
+    command = [*_flwr(), "stop", run_id, *target]
+    try:
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=_STOP_SECONDS)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return f"run {run_id} could not be asked to stop; if it goes on, end it by `flwr {' '.join(command[1:])}`"
+    return f"run {run_id} was asked to stop"
 
 
 def _log(command: Sequence[str], environment: dict[str, str], follow: Callable[[str], None] | None) -> None:
@@ -94,20 +140,38 @@ def _log(command: Sequence[str], environment: dict[str, str], follow: Callable[[
         return
     unbuffered = {**environment, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=unbuffered, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
-        for line in process.stdout or ():
-            follow(line)
+        try:
+            for line in process.stdout or ():
+                follow(line)
+        except BaseException:
+            process.kill()  # it would go on for as long as the run does, and be waited for
+            raise
 
 
 def _wait(run_id: str, target: Sequence[str], environment: dict[str, str]) -> tuple[str, str]:
+    """Ask for the run's state until it has ended; returns its status and what Flower says of it."""
+    heard = time.monotonic()
     while True:
-        listed = _json(["ls", *target, "--run-id", run_id, "--format", "json"], environment)
-        runs = listed.get("runs") or [{}]
-        status = str(runs[0].get("status", ""))
-        if not status:
-            raise RunError(f"flwr ls does not know run {run_id}: {listed.get('error-message') or listed}")
-        if status.startswith("finished"):
-            return status, str(runs[0].get("status-details") or "")
-        time.sleep(2.0)
+        try:
+            status, details = _status(run_id, target, environment)
+        except RunError as error:
+            if time.monotonic() - heard > _SILENCE_SECONDS:
+                hint = f"ask by `flwr {' '.join(['ls', *target, '--run-id', run_id])}` how it is"
+                raise RunError(f"nothing was heard of run {run_id} for {_SILENCE_SECONDS:.0f} s; {hint}; the last answer was: {error}") from None
+        else:
+            heard = time.monotonic()
+            if status.startswith("finished"):
+                return status, details
+        time.sleep(_POLL_SECONDS)
+
+
+def _status(run_id: str, target: Sequence[str], environment: dict[str, str]) -> tuple[str, str]:
+    listed = _json(["ls", *target, "--run-id", run_id, "--format", "json"], environment)
+    runs = listed.get("runs") or [{}]
+    status = str(runs[0].get("status", ""))
+    if not status:
+        raise RunError(f"flwr ls does not know run {run_id}: {listed.get('error-message') or listed}")
+    return status, str(runs[0].get("status-details") or "")
 
 
 def _json(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -168,19 +232,24 @@ def _superlink(connection: str | None, environment: dict[str, str], write: Calla
     command += ["--control-api-address", f"127.0.0.1:{control}"]
     # Processes that the SuperLink starts by name (flwr-simulation and the like) must be this environment's.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    with log.open("wb") as file:
+    came: list[int] = []
+    with log.open("wb") as file, _on_signals(lambda number, frame: came.append(number)):  # none may come between starting it and knowing it
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
+        for number in came:
+            signal.raise_signal(number)
         _await_health(process, http, log)
         yield
     finally:
         process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        # A SuperLink that was slow to end its own processes, or was killed, leaves them behind in its process group.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+        finally:
+            # A SuperLink that was slow to end its own processes, or was killed, leaves them behind in its process group.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     log.unlink()
     log.parent.rmdir()
 

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from ckd_fed.config import Config, resolve
+from ckd_fed.config import Config, is_folder_name, restore
 from ckd_fed.distillation.margins import DTYPES
 from ckd_fed.errors import FinalError, LostError, ReplyError
 
@@ -166,7 +166,8 @@ def read_request(message: Message) -> Request:
     """Read a request on a node.
 
     Raises:
-        ReplyError: another protocol version, a request that lacks a part, or one that has been given up by now.
+        ReplyError: another protocol version, a request that lacks a part, a run or role that would lead out of the node's folders, or one that
+            has been given up by now.
         ConfigError: a configuration this node does not understand.
     """
     try:
@@ -177,9 +178,12 @@ def read_request(message: Message) -> Request:
         if values.pop("digest") != digest(message.content, "request"):
             raise ReplyError("a request is damaged: its contents do not match its digest")
         stamp = Stamp(**{item.name: values.pop(item.name) for item in fields(Stamp)})
-        config = resolve(json.loads(values.pop("config")))
+        for name, text in {"run": stamp.run, "role": stamp.role.replace("/", "-")}.items():  # nodes have folders of these names
+            if not is_folder_name(text):
+                raise ReplyError(f"the {name} of a request is {text!r}, which is no plain folder name; this node refuses")
+        config = restore(json.loads(values.pop("config")))
         arrays = _unpack(message.content["arrays"]) if "arrays" in message.content else {}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReplyError(f"a request lacks {error} or is not of wire protocol {PROTOCOL}") from None
     late = time.time() - message.metadata.created_at - message.metadata.ttl
     if late > 0:  # it waited here while the node was busy

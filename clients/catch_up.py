@@ -1,7 +1,8 @@
 """A teacher whose workspace does not hold what the run has reached trains again up to there.
 
 That happens to a hot spare that takes over, to a node whose disk was lost, and to one that missed rounds. Training is a function of split,
-features, configuration and seed, so what comes out is the same teacher: bit for bit on the same kind of machine, to rounding on another.
+features, configuration and seed, so what comes out is the same teacher: bit for bit on CPUs of one kind with as many threads, and to
+rounding that training carries on elsewhere: on other machines, and on any GPU, where sums are added in no fixed order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from ckd_fed.training.trainer import METRIC
 from ckd_fed.wire import Request
 from clients.node import Node
 
-TOLERANCE = 0.01  # of Recall@20, between the teacher that was lost and the one trained again on another kind of machine
+TOLERANCE = 0.01  # of Recall@20, between the teacher that was lost and the one trained again where rounding differs
 
 
 def catch_up(request: Request, node: Node, model: Fit, epoch: int) -> Fit:
@@ -47,7 +48,7 @@ def best_of(request: Request, node: Node) -> Fit:
     if not model.best or model.stopping.best_epoch != epoch:
         model = catch_up(request, node, node.fit(run, role)[0], epoch)
         state = {}
-        if model.stopping.best_epoch != epoch:  # rounding on another kind of machine moved the best by a few validations
+        if model.stopping.best_epoch != epoch:  # other rounding moved the best by a few validations
             model.best = model.trainer.snapshot()
             model.stopping.best_epoch = epoch
             node.save(run, role, model)

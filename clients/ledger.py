@@ -16,23 +16,24 @@ from typing import Any
 from ckd_fed.errors import ReplyError
 from ckd_fed.tracking.record import read_rows
 
-FILE = "answers.jsonl"
-
 
 class Ledger:
-    """The answers of one teacher in one run: ``<home>/workspace/<run>/teacher-<m>/answers.jsonl``.
+    """The answers of one teacher in one run: ``<home>/answers/teacher-<m>/<run>.jsonl``.
+
+    Not in the run's workspace: that one is deleted, while what was given away stays given.
 
     The first line holds the agreement, each further one an answer: ``time``, ``round``, ``from_epoch``, ``epochs``, ``margins`` (sent),
     ``new`` (of those, for triples not answered before) and ``triples`` (hashes).
 
     Args:
-        folder: of the teacher's workspace.
+        folder: of the teacher's answers in all runs.
+        run: name of the run.
         budget: margins of new triples that this node gives away in all its runs for this modality together; 0 for no limit beyond each
             run's own.
     """
 
-    def __init__(self, folder: Path, budget: int = 0) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Path, run: str, budget: int = 0) -> None:
+        self.path = folder / f"{run}.jsonl"
         self.budget = budget
         self._rows = self._read(self.path) if self.path.is_file() else []
 
@@ -64,7 +65,7 @@ class Ledger:
         given = {epoch for row in self._rows if "margins" in row for epoch in range(row["from_epoch"], row["from_epoch"] + row["epochs"])}
         new = len(set(range(first, first + epochs)) - given) * per_epoch
         if self.budget and new:
-            spent = sum(row.get("new", 0) for path in self._every_run() for row in self._read(path))
+            spent = sum(row.get("new", 0) for path in sorted(self.path.parent.glob("*.jsonl")) for row in self._read(path))
             if spent + new > self.budget:
                 raise ReplyError(
                     f"score-budget: this teacher gave {spent} margins, {new} more would exceed {self.budget}; "
@@ -75,9 +76,6 @@ class Ledger:
     def note(self, **values: Any) -> None:
         """Write down an answer, before it leaves."""
         self._append({"time": _now(), **values})
-
-    def _every_run(self) -> list[Path]:
-        return sorted(self.path.parents[2].glob(f"*/{self.path.parent.name}/{FILE}"))
 
     @staticmethod
     def _read(path: Path) -> list[dict[str, Any]]:

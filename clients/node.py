@@ -16,7 +16,7 @@ from ckd_fed.backbones.build import backbone_class
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.locate import locate
-from ckd_fed.errors import ConfigError, DataError, unknown
+from ckd_fed.errors import ConfigError, DataError, ReplyError, unknown
 from ckd_fed.home import code_version, home
 from ckd_fed.tracking.console import write
 from ckd_fed.training.build import build_fit, build_trainer, choose_device
@@ -98,7 +98,14 @@ class Node:
         return Holdings(code_version(), dataset.fingerprint, dataset.feature_fingerprints)
 
     def workspace(self, run: str, role: str) -> Workspace:
-        """A role's place on this node's disk."""
+        """A role's place on this node's disk.
+
+        Raises:
+            ReplyError: a real node is asked to play another role than its own; a teacher that played the student would send parameters.
+        """
+        own, modality = self.node_config.get("role", ""), self.node_config.get("modality", "")
+        if (own == "teacher" and role != f"teacher/{modality}") or (own == "student" and role.startswith("teacher/")):
+            raise ReplyError(f"this node is {own} {modality}".rstrip() + f", not {role!r}; it refuses")
         return Workspace(self._workspaces, run, role)
 
     def ledger(self, run: str, role: str) -> Ledger:
@@ -106,11 +113,15 @@ class Node:
         budget = self.node_config.get("score-budget", 0)
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
             raise ConfigError(f"node-config: score-budget is {budget!r}; a whole number of margins is needed, 0 for no limit")
-        return Ledger(self.workspace(run, role).path.parent, budget)
+        return Ledger(self._home / "answers" / role.replace("/", "-"), run, budget)
+
+    @property
+    def _home(self) -> Path:
+        return home(self.config, self.node_config)
 
     @property
     def _workspaces(self) -> Path:
-        return home(self.config, self.node_config) / "workspace"
+        return self._home / "workspace"
 
     def fit(self, run: str, role: str, share: tuple[int, int] = (0, 1), *, exact: bool = True) -> tuple[Fit, dict[str, Any]]:
         """A role's model in the state it was last saved in (fresh where none was), and the values saved beside it.
@@ -147,7 +158,8 @@ class Node:
         """A role's model before its first epoch."""
         distilled = role.startswith("student/") and self.config.distillation.enabled
         name = role.partition("/")[0] if role.startswith("student/") else role  # all workers start from the same student
-        return build_fit(self.config, build_trainer(self.config, self.dataset(role), name, distilled=distilled, device=self.device, share=share))
+        dataset, cache = self.dataset(role), self._home / "cache"
+        return build_fit(self.config, build_trainer(self.config, dataset, name, distilled=distilled, device=self.device, share=share, cache=cache))
 
     def save(self, run: str, role: str, fit: Fit, *, keep_previous: bool = False, **values: Any) -> None:
         """Save a role's model, and remember it for as long as this process and the file live."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ckd_fed import config as module
 from ckd_fed.backbones import BACKBONES
-from ckd_fed.config import Config, configs_directory, flatten, read_recipe, resolve
+from ckd_fed.config import Config, configs_directory, flatten, read_recipe, resolve, restore
 from ckd_fed.errors import ConfigError
 
 REAL = configs_directory()
@@ -288,8 +288,24 @@ def test_what_is_written_comes_back(given_values, model):
     for key, value in given_values.items():
         if value != "":
             assert config.flat()[key] == value
-    assert resolve(config.flat()) == config
-    assert resolve(yaml.safe_load(config.to_yaml())) == config
+    assert restore(config.flat()) == config
+    assert restore(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_what_was_resolved_comes_back_whatever_the_files_say_by_then(configs, tmp_path):
+    configs("recipes", "mine", distillation={"rho": 2.0})
+    config = resolve({"recipe": "mine", "training.epochs": 7})
+    (tmp_path / "recipes" / "mine.yaml").unlink()
+    configs("backbones", "vbpr", model={"embedding-dim": 8}, training={"epochs": 3})
+    assert restore(config.flat()) == config
+    assert (config.distillation.rho, config.training.epochs, dict(config.model)) == (2.0, 7, {})
+
+
+def test_of_several_layers_that_are_restored_the_last_wins(refuses):
+    assert restore({"seed": 1, "training": {"epochs": 7}}, {"seed": 2}) == dataclasses.replace(
+        Config(), seed=2, training=dataclasses.replace(Config().training, epochs=7)
+    )
+    refuses(ConfigError, lambda: restore({"training.epoch": 7}), "training.epoch", "did you mean 'training.epochs'")
 
 
 @pytest.mark.parametrize("kind", ["datasets", "backbones", "recipes"])

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from ckd_fed.analysis.history import RunHistory
 from ckd_fed.backbones.base import Backbone, Embeddings, View
 from ckd_fed.checkpoint import load_checkpoint, to_tensors
-from ckd_fed.config import Config, resolve
+from ckd_fed.config import Config, restore
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import open_dataset
 from ckd_fed.errors import DataError
+from ckd_fed.home import home
 from ckd_fed.training.build import build_trainer
 
 
@@ -34,7 +35,7 @@ def load_student(history: RunHistory) -> Student:
     Raises:
         DataError: the run has no checkpoint, the dataset is not on this machine, or it is not the one the run was trained on.
     """
-    config = resolve(history.config)
+    config = restore(history.config)
     path = history.directory / "checkpoints" / "best.safetensors"
     if not path.is_file():
         raise DataError(f"run {history.name} has no {path.relative_to(history.directory)} ({history.state}); a run keeps its best student there")
@@ -44,7 +45,7 @@ def load_student(history: RunHistory) -> Student:
             f"run {history.name} was trained on another split ({history.start['split'][:12]}) than the one in {dataset.directory} "
             f"({dataset.fingerprint[:12]}); put the run's own data there"
         )
-    trainer = build_trainer(config, dataset, "student")
+    trainer = build_trainer(config, dataset, "student", cache=home(config) / "cache")
     try:
         trainer.restore(to_tensors(load_checkpoint(path)[0]))
     except RuntimeError as error:  # torch names the parameters that do not fit

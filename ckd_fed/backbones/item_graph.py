@@ -30,13 +30,16 @@ from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Backbone
 from ckd_fed.backbones.graph import Csr, constant_product
+from ckd_fed.backbones.kept_graphs import load_graph, save_graph
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, unknown
 
 NORMALISATIONS = ("sym", "rw")
+_SEARCH = "nearest-1"  # to be counted up when a search comes to find something else: graphs on disk are known by it
 _TINY = 1e-12  # a row of a smaller norm counts as zeros
 _BLOCK = 2**22  # similarities in memory at once
 _KEPT = 16  # frozen graphs that a process remembers
+_WORTH_A_FILE = 10**9  # multiply-adds of a search; fewer take some hundredths of a second, not much more than reading a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,19 +151,35 @@ _frozen: OrderedDict[tuple[str, int], Neighbours] = OrderedDict()
 
 
 def frozen_nearest(features: Tensor, k: int, present: Tensor | None = None) -> Neighbours:
-    """:func:`nearest` of constant features, on the CPU; remembered by a hash of them, for they cost seconds where features are wide."""
+    """:func:`nearest` of constant features, on the CPU; remembered by a hash of them, for they cost seconds to minutes.
+
+    Those that take long are kept on disk too, where :func:`~ckd_fed.backbones.kept_graphs.graphs_kept_in` says so.
+    """
     matrix = np.ascontiguousarray(features.detach().cpu().numpy())
-    digest = hashlib.sha256(f"{matrix.dtype} {matrix.shape} ".encode())
+    digest = hashlib.sha256(f"{_SEARCH} {matrix.dtype} {matrix.shape} ".encode())
     digest.update(matrix.data)
     if present is not None:
         digest.update(present.cpu().numpy().tobytes())
     key = (digest.hexdigest(), k)
     if key not in _frozen:
-        _frozen[key] = nearest(torch.from_numpy(matrix), k, None if present is None else present.cpu())
+        _frozen[key] = _kept_nearest("-".join(map(str, key)), torch.from_numpy(matrix), k, None if present is None else present.cpu())
         if len(_frozen) > _KEPT:
             _frozen.popitem(last=False)
     _frozen.move_to_end(key)
     return _frozen[key]
+
+
+def _kept_nearest(name: str, features: Tensor, k: int, present: Tensor | None) -> Neighbours:
+    """:func:`nearest`, read from disk where it is kept under a name, and else kept there if it took long."""
+    n_present = len(features) if present is None else int(present.sum())
+    if n_present**2 * features.shape[1] < _WORTH_A_FILE:
+        return nearest(features, k, present)
+    kept = load_graph(name, (len(features), min(k, n_present)), features.dtype)
+    if kept:
+        return Neighbours(*kept)
+    graph = nearest(features, k, present)
+    save_graph(name, graph.index, graph.weight)
+    return graph
 
 
 def inverse(degree: Tensor, power: float) -> Tensor:

@@ -30,7 +30,7 @@ def create_authority(name: str, days: int) -> Authority:
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} CA")])
     certificate = (
-        _builder(subject, subject, key, days)
+        _builder(subject, subject, key, _after(days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(sign_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -40,7 +40,10 @@ def create_authority(name: str, days: int) -> Authority:
 
 
 def create_server_certificate(authority: Authority, hosts: Sequence[str], days: int) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """A certificate for a server under all the host names and IP addresses by which it is reached, and its key."""
+    """A certificate for a server under all the host names and IP addresses by which it is reached, and its key.
+
+    It ends with its authority at the latest: beyond that nobody would accept it, whatever it says.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     names: list[x509.GeneralName] = []
@@ -50,7 +53,7 @@ def create_server_certificate(authority: Authority, hosts: Sequence[str], days: 
         except ValueError:
             names.append(x509.DNSName(host))
     certificate = (
-        _builder(subject, authority.certificate.subject, key, days)
+        _builder(subject, authority.certificate.subject, key, min(_after(days), authority.certificate.not_valid_after_utc))
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign_certificates=False), critical=True)
@@ -61,16 +64,19 @@ def create_server_certificate(authority: Authority, hosts: Sequence[str], days: 
     return certificate, key
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+def _after(days: float) -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, end: datetime.datetime) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_before(_after(-1 / 24))
+        .not_valid_after(end)
     )
 
 

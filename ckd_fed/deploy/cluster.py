@@ -16,6 +16,7 @@ from ckd_fed.deploy.certificates import (
     Authority,
     create_authority,
     create_server_certificate,
+    days_left,
     read_certificate,
     write_certificate,
     write_key,
@@ -28,7 +29,7 @@ from ckd_fed.errors import ConfigError, DataError
 _PLAN = "cluster.json"
 
 
-def init_cluster(directory: Path, plan: ClusterPlan, write: Callable[[str], None], *, days: int = 365, install: str = "/opt/ckd_fed") -> None:
+def init_cluster(directory: Path, plan: ClusterPlan, write: Callable[[str], None], *, days: int = 365) -> None:
     """Write a cluster's folder and print what to run where.
 
     ::
@@ -44,7 +45,6 @@ def init_cluster(directory: Path, plan: ClusterPlan, write: Callable[[str], None
         plan: of the cluster.
         write: prints one line.
         days: how long the certificates are valid.
-        install: where the machines' folders will lie on the machines, for the systemd units.
 
     Raises:
         ConfigError: there is a cluster already, or the folder cannot be written.
@@ -62,22 +62,29 @@ def init_cluster(directory: Path, plan: ClusterPlan, write: Callable[[str], None
                 folder = directory / "nodes" / node.name
                 folder.mkdir(parents=True, exist_ok=True)
                 write_node_key(folder / "key", node.name)
-        _write(directory, plan, days, install)
+        _write(directory, plan, days)
     except OSError as error:
         raise ConfigError(f"the cluster's folder {directory} cannot be written: {error}") from None
     for line in guide(directory.resolve(), plan):
         write(line)
 
 
-def move_cluster(directory: Path, hosts: Sequence[str], write: Callable[[str], None], *, days: int = 365, install: str = "/opt/ckd_fed") -> None:
+def move_cluster(directory: Path, hosts: Sequence[str], write: Callable[[str], None], *, days: int = 365, install: str = "") -> None:
     """Give a cluster's SuperLink another host: a new server certificate and new scripts; authority and node keys stay.
 
+    Args:
+        directory: of the cluster.
+        hosts: names and addresses of the new host.
+        write: prints one line.
+        days: how long the new certificate is valid, though no longer than its authority.
+        install: another place of the folders on the machines; empty for the one that the cluster was made for.
+
     Raises:
-        DataError: there is no cluster, or its files are damaged.
+        DataError: there is no cluster, or its files are damaged, or its authority has expired.
     """
     plan = read_plan(directory)
-    plan = dataclasses.replace(plan, hosts=tuple(hosts))
-    _write(directory, plan, days, install)
+    plan = dataclasses.replace(plan, hosts=tuple(hosts), install=install or plan.install)
+    _write(directory, plan, days)
     write(f"{directory}: the SuperLink is now {plan.address}; copy superlink/, nodes/ and operator/ to their machines again")
 
 
@@ -95,7 +102,7 @@ def read_plan(directory: Path) -> ClusterPlan:
         raise DataError(f"{directory} holds no cluster of `ckd-fed cluster init`: {error}") from None
 
 
-def _write(directory: Path, plan: ClusterPlan, days: int, install: str) -> None:
+def _write(directory: Path, plan: ClusterPlan, days: int) -> None:
     superlink, operator = directory / "superlink", directory / "operator"
     for folder in (superlink, operator / "keys"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +114,7 @@ def _write(directory: Path, plan: ClusterPlan, days: int, install: str) -> None:
             shutil.copyfile(directory / "ca.crt", folder / "ca.crt")
         _executable(operator / "register.sh", register_script(plan))
     _executable(superlink / "superlink.sh", superlink_script(plan))
-    unit = systemd_unit("ckd_fed SuperLink", f"{install}/superlink", "superlink.sh")
+    unit = systemd_unit("ckd_fed SuperLink", f"{plan.install}/superlink", "superlink.sh")
     (superlink / "ckd-superlink.service").write_text(unit)
     (operator / "connection.toml").write_text(plan.connection((operator / "ca.crt").resolve()))
     for node in plan.nodes:
@@ -118,7 +125,7 @@ def _write(directory: Path, plan: ClusterPlan, days: int, install: str) -> None:
             shutil.copyfile(folder / "key.pub", operator / "keys" / f"{node.name}.pub")
         (folder / "node.toml").write_text(node_toml(plan, node))
         _executable(folder / "supernode.sh", supernode_script(plan, node))
-        unit = systemd_unit(f"ckd_fed node {node.name}", f"{install}/{node.name}", "supernode.sh")
+        unit = systemd_unit(f"ckd_fed node {node.name}", f"{plan.install}/{node.name}", "supernode.sh")
         (folder / f"ckd-{node.name}.service").write_text(unit)
     _executable(directory / "slurm.sh", slurm_script(plan, str(directory.resolve())))
     (directory / _PLAN).write_text(json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
@@ -131,7 +138,10 @@ def _authority(directory: Path) -> Authority:
         raise DataError(f"the authority's key {directory / 'ca.key'} cannot be read: {error}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise DataError(f"the authority's key {directory / 'ca.key'} is none of `ckd-fed cluster init`")
-    return Authority(read_certificate(directory / "ca.crt"), key)
+    certificate = read_certificate(directory / "ca.crt")
+    if days_left(certificate) <= 0:
+        raise DataError(f"the authority {directory / 'ca.crt'} has expired; make a new cluster by `ckd-fed cluster init` in another folder")
+    return Authority(certificate, key)
 
 
 def _executable(path: Path, content: str) -> None:
@@ -153,8 +163,7 @@ def guide(directory: Path, plan: ClusterPlan) -> list[str]:
         lines += [f"   {shown(plan.register_command(node))}" for node in plan.nodes]
     lines += ["", "3. on each node's machine, in nodes/<name>/ copied there (supernode.sh, ckd-<name>.service); first `ckd-fed doctor .`"]
     lines += [f"   {node.name}: {shown(plan.supernode_command(node))}" for node in plan.nodes]
-    students = sum(node.role == "student" for node in plan.nodes)
-    workers = f" -c 'federation.student-workers={students}'" if students > 1 else ""
+    workers = f" -c 'federation.student-workers={plan.students}'" if plan.students > 1 else ""
     lines += [
         "",
         "4. where runs are started from:",

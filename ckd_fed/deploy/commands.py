@@ -17,7 +17,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     what = cluster.add_subparsers(required=True, metavar="init|move")
     init = what.add_parser("init", help="write a cluster's folder and print what to run on which machine")
     init.add_argument("directory", metavar="DIR", type=Path)
-    _hosts(init)
+    _hosts(init, "where the folders lie on the machines, for systemd (default /opt/ckd_fed)", "/opt/ckd_fed")
     init.add_argument("--teachers", required=True, metavar="M,M", help="modalities; one named twice gets a hot spare")
     init.add_argument("--students", type=int, default=1, metavar="N", help="student nodes (default 1)")
     init.add_argument("--data-dir", default="", metavar="PATH", help="of the nodes, on their machines; {name} in it stands for the node's name")
@@ -32,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     init.set_defaults(action=_init)
     move = what.add_parser("move", help="give the SuperLink of a cluster another host; authority and node keys stay")
     move.add_argument("directory", metavar="DIR", type=Path)
-    _hosts(move)
+    _hosts(move, "where the folders lie on the machines, for systemd, if elsewhere than before", "")
     move.set_defaults(action=_move)
 
     doctor = commands.add_parser("doctor", help="check a node before it starts, or a connection; exits 0 only if all is well")
@@ -43,14 +43,12 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     doctor.set_defaults(action=_doctor)
 
 
-def _hosts(parser: argparse.ArgumentParser) -> None:
+def _hosts(parser: argparse.ArgumentParser, where: str, install: str) -> None:
     parser.add_argument(
         "--host", action="append", required=True, help="the SuperLink's host name or IP address; repeat it for further ones in the certificate"
     )
-    parser.add_argument("--days", type=int, default=365, help="validity of the certificates (default 365)")
-    parser.add_argument(
-        "--install", default="/opt/ckd_fed", metavar="PATH", help="where the folders lie on the machines, for systemd (default /opt/ckd_fed)"
-    )
+    parser.add_argument("--days", type=int, default=365, help="validity of the certificates (default 365); none outlives its authority")
+    parser.add_argument("--install", default=install, metavar="PATH", help=where)
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -65,8 +63,8 @@ def _init(arguments: argparse.Namespace) -> None:
         devices[name] = device
     _positive_days(arguments.days)
     nodes = plan_nodes(arguments.teachers, arguments.students, arguments.data_dir, devices, arguments.home)
-    plan = ClusterPlan(arguments.name, tuple(arguments.host), arguments.port, nodes, not arguments.insecure, arguments.bind)
-    init_cluster(arguments.directory, plan, print, days=arguments.days, install=arguments.install)
+    plan = ClusterPlan(arguments.name, tuple(arguments.host), arguments.port, nodes, not arguments.insecure, arguments.bind, arguments.install)
+    init_cluster(arguments.directory, plan, print, days=arguments.days)
 
 
 def _move(arguments: argparse.Namespace) -> None:

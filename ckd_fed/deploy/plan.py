@@ -46,6 +46,7 @@ class ClusterPlan:
         nodes: teachers and students.
         secure: TLS and node authentication.
         bind: address that the SuperLink listens on.
+        install: where the machines' folders will lie on the machines, for the systemd units.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ClusterPlan:
     nodes: tuple[NodePlan, ...]
     secure: bool = True
     bind: str = "0.0.0.0"
+    install: str = "/opt/ckd_fed"
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -65,12 +67,18 @@ class ClusterPlan:
                 raise ConfigError(f"--host is {host!r}; a host name or an IP address is needed, without scheme and port")
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port is {self.port}; a number from 1 to 65535 is needed")
+        _check_path("--install", self.install)
 
     @property
     def address(self) -> str:
         """Where nodes and users reach the SuperLink."""
         host = f"[{self.hosts[0]}]" if ":" in self.hosts[0] else self.hosts[0]
         return f"{host}:{self.port}"
+
+    @property
+    def students(self) -> int:
+        """How many student nodes there are."""
+        return sum(node.role == "student" for node in self.nodes)
 
     @property
     def certified_hosts(self) -> tuple[str, ...]:
@@ -124,8 +132,8 @@ def plan_nodes(teachers: str, students: int, data_dir: str, devices: Mapping[str
     if unknown_names:
         raise ConfigError(f"--device names {sorted(unknown_names)[0]!r}; the nodes are {', '.join(name for name, _, _ in roles)}")
     for option, value in {"--data-dir": data_dir, "--home": homes}.items():
-        if value and (not value.startswith("/") or any(mark in value for mark in "\"'\n")):
-            raise ConfigError(f"{option} is {value!r}; an absolute path without quotes is needed, as it is on the nodes' machines")
+        if value:
+            _check_path(option, value)
     return tuple(
         NodePlan(
             name, role, modality, data_dir.replace("{name}", name), devices.get(name, "auto"), FIRST_NODE_PORT + index, homes.replace("{name}", name)
@@ -159,6 +167,11 @@ def read_node_toml(path: Path) -> dict[str, object]:
 def shown(command: list[str]) -> str:
     """A command as it is typed."""
     return shlex.join(command)
+
+
+def _check_path(option: str, value: str) -> None:
+    if not value.startswith("/") or any(mark in value for mark in "\"'\n"):
+        raise ConfigError(f"{option} is {value!r}; an absolute path without quotes is needed, as it is on the nodes' machines")
 
 
 def _is_address(host: str) -> bool:

@@ -71,7 +71,7 @@ def slurm_script(plan: ClusterPlan, directory: str) -> str:
     """One batch job: the SuperLink on the first machine, a node on each task, then the run.
 
     The folder of the cluster must lie on a file system that all machines see. The SuperLink's host name is only known once the job
-    runs, so the server certificate is made in the job, by the cluster's own CA.
+    runs, so the server certificate is made in the job, by the cluster's own CA. Every student node works; a run-config given may say otherwise.
     """
     nodes = " ".join(node.name for node in plan.nodes)
     register = 'bash "$CLUSTER/operator/register.sh"\n' if plan.secure else ""
@@ -102,7 +102,7 @@ until (exec 3<>"/dev/tcp/${{HOSTS[0]}}/{plan.port}") 2>/dev/null; do sleep 1; do
   srun --nodes=1 --ntasks=1 --nodelist="${{HOSTS[$i]}}" --overlap bash "$CLUSTER/nodes/${{NODES[$i]}}/supernode.sh" &
 done
 code=0
-ckd-fed run "$APP" {plan.name} ${{2:+-c "$2"}} || code=$?
+ckd-fed run "$APP" {plan.name} -c federation.student-workers={plan.students} ${{2:+-c "$2"}} || code=$?
 kill $(jobs -p)
 exit $code
 """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ckd_fed.analysis.history import RunHistory, read_history
-from ckd_fed.config import resolve
+from ckd_fed.config import restore
 from ckd_fed.errors import CkdError
 from ckd_fed.tracking.wandb_mirror import WandbMirror
 
@@ -24,7 +24,7 @@ def replay(directory: Path, overrides: dict[str, object], write: Callable[[str],
         DataError: the run cannot be read.
     """
     history = read_history(directory)
-    config = resolve(history.config, {"tracking.wandb": "auto"} if history.config.get("tracking.wandb") == "off" else {}, overrides)
+    config = restore(history.config, {"tracking.wandb": "auto"} if history.config.get("tracking.wandb") == "off" else {}, overrides)
     facts = {key: value for key, value in history.start.items() if key not in ("event", "time", "description")}
     mirror = WandbMirror(directory, config, {**facts, "replayed": True}, write)
     for row in mirrored_rows(history):

@@ -5,9 +5,12 @@ The central loop and the federation's nodes both build through here, which is wh
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from ckd_fed.backbones.build import build_backbone
+from ckd_fed.backbones.kept_graphs import graphs_kept_in
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, dense_features
 from ckd_fed.data.missing import hide
@@ -50,7 +53,14 @@ def objective(config: Config) -> DistillationObjective:
 
 
 def build_trainer(
-    config: Config, dataset: Dataset, role: str, *, distilled: bool = False, device: torch.device | None = None, share: tuple[int, int] = (0, 1)
+    config: Config,
+    dataset: Dataset,
+    role: str,
+    *,
+    distilled: bool = False,
+    device: torch.device | None = None,
+    share: tuple[int, int] = (0, 1),
+    cache: Path | None = None,
 ) -> Trainer:
     """A trainer with a freshly initialised backbone over the dataset's modalities.
 
@@ -61,13 +71,16 @@ def build_trainer(
         distilled: train on the distillation objective rather than the backbone's own loss.
         device: where to train.
         share: (w, W), this worker's share of the steps.
+        cache: folder where what is slow to build and never changes is kept from one process to the next (graphs of nearest items); None for
+            nowhere.
     """
     keep_freed_memory()
     device = device or choose_device(config.training.device)
     dataset = hide(dataset, config.data.hidden_shares, config.seed)
     features = {m: dense_features(dataset, m) for m in dataset.modalities}
     seed = derive_key("ckd-init-1", config.seed, role) & 0x7FFFFFFF
-    backbone = build_backbone(config.backbone, dataset.train, features, config.model, seed=seed, masks=dataset.masks, device=device)
+    with graphs_kept_in(cache / "nearest" if cache else None):
+        backbone = build_backbone(config.backbone, dataset.train, features, config.model, seed=seed, masks=dataset.masks, device=device)
     # Threads that share small matrices gain nothing, and where another process wants a core they wait for each other at every
     # operation: two of them took 100 times as long as one on the stand-in.
     automatic = _DEFAULT_THREADS if backbone.dense_work > _WORTH_SHARING else 1

@@ -133,7 +133,8 @@ def _pretrain(
     roles: dict[str, tuple[str, ...]] = {f"teacher/{m}": (m,) for m in dataset.modalities} if config.distillation.enabled else {}
     if config.plain and config.distillation.enabled:
         roles["plain"] = dataset.modalities
-    fits = {role: build_fit(config, build_trainer(config, select(dataset, modalities), role)) for role, modalities in roles.items()}
+    cache = home(config) / "cache"
+    fits = {role: build_fit(config, build_trainer(config, select(dataset, modalities), role, cache=cache)) for role, modalities in roles.items()}
     progress.load("teachers", fits)
     while not all(fit.done for fit in fits.values()):
         progress.number += 1
@@ -154,7 +155,7 @@ def _pretrain(
 
 def _distil(config: Config, dataset: Dataset, record: Record, result: RunResult, progress: Progress, teachers: dict[str, Embeddings]) -> Fit:
     """Phase 2: the student, distilled from the teachers, or plain without them."""
-    fit = build_fit(config, build_trainer(config, dataset, "student", distilled=bool(teachers)))
+    fit = build_fit(config, build_trainer(config, dataset, "student", distilled=bool(teachers), cache=home(config) / "cache"))
     dtype, bound = DTYPES[config.distillation.margin_dtype], config.distillation.margin_bound
     masks = fit.trainer.dataset.masks
 

@@ -28,6 +28,6 @@ for i in "${!NODES[@]}"; do
   srun --nodes=1 --ntasks=1 --nodelist="${HOSTS[$i]}" --overlap bash "$CLUSTER/nodes/${NODES[$i]}/supernode.sh" &
 done
 code=0
-ckd-fed run "$APP" lab ${2:+-c "$2"} || code=$?
+ckd-fed run "$APP" lab -c federation.student-workers=2 ${2:+-c "$2"} || code=$?
 kill $(jobs -p)
 exit $code

@@ -1,6 +1,8 @@
 """What `ckd-fed cluster` writes is what its machines need: certificates that verify, keys that Flower takes, scripts that a shell takes."""
 
+import os
 import shlex
+import socket
 import ssl
 import stat
 import subprocess
@@ -11,8 +13,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from ckd_fed.cli import build_parser, main
-from ckd_fed.deploy.certificates import days_left, read_certificate
+from ckd_fed.cli import build_parser, main, parse_overrides
+from ckd_fed.config import resolve
+from ckd_fed.deploy.certificates import create_authority, days_left, read_certificate, write_certificate, write_key
 from ckd_fed.deploy.cluster import read_plan
 from ckd_fed.errors import DataError
 
@@ -117,6 +120,73 @@ def test_moving_changes_the_host_and_keeps_authority_and_keys(cluster, capsys):
     assert all("gpu2.example:8000" in path.read_text() for path in folder.glob("nodes/*/supernode.sh"))
 
 
+def test_moving_keeps_the_place_of_the_folders_unless_another_is_given(cluster):
+    folder, _ = cluster("--install", "/srv/ckd")
+    for options, place in (([], "/srv/ckd"), (["--install", "/opt/other"], "/opt/other"), ([], "/opt/other")):
+        main(["cluster", "move", str(folder), "--host", "gpu2.example", *options])
+        units = {path.stem: path.read_text() for path in folder.rglob("*.service")}
+        assert f"ExecStart=/usr/bin/env bash {place}/superlink/superlink.sh" in units["ckd-superlink"]
+        assert f"WorkingDirectory={place}/student-0\n" in units["ckd-student-0"]
+
+
+def test_no_server_certificate_outlives_its_authority(cluster):
+    folder, _ = cluster("--days", "100")
+    authority = read_certificate(folder / "ca.crt")
+    for options, days in (([], 100), (["--days", "200"], 100), (["--days", "7"], 7)):
+        main(["cluster", "move", str(folder), "--host", "gpu2.example", *options])
+        certificate = read_certificate(folder / "superlink/server.crt")
+        assert days - 1 < days_left(certificate) <= days
+        assert certificate.not_valid_after_utc <= authority.not_valid_after_utc
+
+
+def test_an_authority_that_has_expired_signs_nothing(cluster, capsys):
+    folder, _ = cluster()
+    expired = create_authority("lab", days=-0.01)
+    write_certificate(folder / "ca.crt", expired.certificate)
+    write_key(folder / "ca.key", expired.key)
+    before = (folder / "superlink/server.crt").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["cluster", "move", str(folder), "--host", "gpu2.example"])
+    assert "ca.crt has expired; make a new cluster" in capsys.readouterr().err
+    assert (folder / "superlink/server.crt").read_bytes() == before
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """Run slurm.sh with stand-ins for Slurm's, Flower's and our own commands; returns the arguments of ``ckd-fed run``."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, does in {
+        "scontrol": "printf 'localhost\\n%.0s' 1 2 3 4",
+        "srun": "exec sleep 30",
+        "flwr": """echo '{"node-id": 1}'""",
+        "ckd-fed": f"""[ "$1" = run ] && printf '%s\\n' "$@" > {tmp_path}/run; exit 0""",
+    }.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tools / name).chmod(0o755)
+
+    def submit(folder, *arguments):
+        environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_JOB_ID": "7"}
+        subprocess.run(["bash", str(folder / "slurm.sh"), *arguments], env=environment, check=True, timeout=30, capture_output=True)
+        return (tmp_path / "run").read_text().splitlines()
+
+    return submit
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "backbone"), [([], 2, "vbpr"), (["backbone=mmgcn"], 2, "mmgcn"), (["federation.student_workers=1"], 1, "vbpr")]
+)
+def test_a_slurm_job_makes_every_student_node_work(given, workers, backbone, cluster, sbatch):
+    with socket.socket() as superlink:
+        superlink.bind(("127.0.0.1", 0))
+        superlink.listen()
+        folder, _ = cluster("--students", "2", "--port", str(superlink.getsockname()[1]))
+        run = build_parser().parse_args(sbatch(folder, "simulations/baby", *given))
+    assert (run.app, run.connection) == ("simulations/baby", "lab")
+    config = resolve(parse_overrides(run.config))
+    assert (config.federation.student_workers, config.backbone) == (workers, backbone)
+
+
 @pytest.mark.parametrize(
     ("options", "mentions"),
     [
@@ -127,6 +197,7 @@ def test_moving_changes_the_host_and_keeps_authority_and_keys(cluster, capsys):
         (["--host", "h", "--teachers", "image", "--port", "0"], ["--port is 0"]),
         (["--host", "h", "--teachers", "image", "--days", "0"], ["--days is 0"]),
         (["--host", "h", "--teachers", "image", "--data-dir", "data"], ["--data-dir is 'data'", "absolute"]),
+        (["--host", "h", "--teachers", "image", "--install", "srv"], ["--install is 'srv'", "absolute"]),
         (["--host", "h", "--teachers", "image", "--device", "cuda"], ["--device is 'cuda'", "NODE=DEVICE"]),
         (["--host", "h", "--teachers", "image", "--device", "x=cpu"], ["'x'", "teacher-image, student-0"]),
         (["--host", "h", "--teachers", "image", "--name", "a b"], ["--name is 'a b'"]),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,25 @@ pytestmark = pytest.mark.federation
 
 
 @pytest.fixture
-def ckd_fed(tmp_path):
-    """Run ``ckd-fed`` with homes of its own; returns (exit code, stdout, stderr)."""
+def started(tmp_path):
+    """Start ``ckd-fed`` with homes of its own."""
 
-    def run(*arguments):
+    def start(*arguments):
         environment = {**os.environ, "CKD_FED_HOME": str(tmp_path / "home"), "FLWR_HOME": str(tmp_path / "flwr"), "WANDB_MODE": "offline"}
         command = [str(Path(sys.executable).parent / "ckd-fed"), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
-        return done.returncode, done.stdout, done.stderr
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    return start
+
+
+@pytest.fixture
+def ckd_fed(started):
+    """Run ``ckd-fed`` to its end; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        process = started(*arguments)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
 
     return run
 
@@ -54,6 +66,22 @@ def test_from_nothing_to_a_distilled_student(backbone, tmp_path, write_dataset, 
     assert {"seconds/distil/student/0", "seconds/score/teacher/text"} <= set(rounds[-2])  # the last round asks for no scores
     assert load_users(run / "test_users.npz").values.keys() >= {"teacher/image/recall@20", "plain/recall@20", "student/recall@20"}
     assert not [line for line in _processes() if str(tmp_path) in line]
+
+
+def test_a_run_ended_by_sigterm_leaves_no_process(tmp_path, write_dataset, started):
+    """As by ``timeout``, CI or systemd, in the midst of training."""
+    folder = write_dataset("toy", n_users=60, n_items=40)
+    process = started("run", "simulations/baby", "-c", f"data.dir={folder} {QUICK} training.epochs=100000 training.patience=100000")
+    while "round   2" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "interrupted by SIGTERM; run" in err.splitlines()[-1]
+    deadline = time.monotonic() + 30
+    while (left := [line for line in _processes() if str(tmp_path) in line]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
 
 
 def test_a_failed_run_fails_with_its_reason_last(tmp_path, write_dataset, ckd_fed):

@@ -9,8 +9,9 @@ from server.session import run_federation
 
 
 @pytest.fixture(autouse=True)
-def processes(monkeypatch):
-    """Each test starts with processes that know nothing but which run they serve (Flower tells them)."""
+def processes(monkeypatch, tmp_path):
+    """Each test starts with processes that know nothing but which run they serve (Flower tells them), on a machine with a home of its own."""
+    monkeypatch.setenv("CKD_FED_HOME", str(tmp_path))
     for name in ("_run_id", "_task_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     client_node._FITS.clear()

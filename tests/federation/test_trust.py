@@ -1,5 +1,8 @@
 """What leaves a node, and what a teacher holds the server to."""
 
+import shutil
+from functools import partial
+
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
@@ -90,9 +93,9 @@ def test_no_message_holds_features_interactions_or_a_teachers_parameters(toy, fe
         assert content_bytes(message) < 2**20
 
 
-def ask(node_config, overrides, action="score", run="fed-000001", number=9, **values):
+def ask(node_config, overrides, action="score", run="fed-000001", number=9, role="teacher/text", **values):
     """One request to a node, and its checked reply."""
-    stamp = Stamp(run, action, number, "teacher/text", draw_nonce())
+    stamp = Stamp(run, action, number, role, draw_nonce())
     config = resolve({"tracking.wandb": "off", "tracking.report": False, **overrides})
     message = request(stamp, config, 1, **values)
     message.metadata.__dict__["_message_id"] = "m"
@@ -106,12 +109,12 @@ def teacher(toy, federate):
     _, _, federation = federate(SMALL)
     learner = federation.state.learners["teacher/text"]
     best = {"best-epoch": learner.best_epoch, "best": learner.best}
-    ledger = toy / "workspace/fed-000001/teacher-text/answers.jsonl"
+    ledger = toy / "answers/teacher-text/fed-000001.jsonl"
 
-    def margins(first=0, epochs=3, node=None, run="fed-000001", **changes):
+    def margins(first=0, epochs=3, node=None, run="fed-000001", role="teacher/text", **changes):
         overrides = {**SMALL, "home": str(toy), "name": "fed", **changes}
         config = {"role": "teacher", "modality": "text", **(node or {})}
-        return ask(config, overrides, run=run, **{"from-epoch": first, "epochs": epochs, "workers": 1, **best})
+        return ask(config, overrides, run=run, role=role, **{"from-epoch": first, "epochs": epochs, "workers": 1, **best})
 
     return margins, lambda: read_rows(ledger)
 
@@ -180,6 +183,43 @@ def test_a_teachers_budget_counts_all_its_runs(teacher, refuses):
     refuses(ReplyError, lambda: margins(node={"score-budget": "all"}), "score-budget is 'all'")
 
 
+@pytest.mark.parametrize("change", ["home", "workspaces deleted"])
+def test_a_budget_cannot_be_made_to_start_anew(change, teacher, toy, tmp_path, refuses):
+    """Not by a run that names another home, nor with the workspaces of the runs that have ended."""
+    margins, ledger = teacher
+    given = sum(row.get("new", 0) for row in ledger())
+    changes = {}
+    if change == "home":
+        changes["home"] = str(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(toy / "workspace")
+    refuses(ReplyError, lambda: margins(run="another", node={"score-budget": given}, **changes), "score-budget", f"gave {given} margins")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_or_role_that_is_no_folder_name_is_refused(teacher, refuses):
+    margins, _ = teacher
+    for name in ("../../elsewhere", "a/b", "..", ".hidden", "", "a\\b", "a\0b"):
+        refuses(ReplyError, partial(margins, run=name), "run of a request", "no plain folder name")
+    refuses(ReplyError, partial(margins, role=".."), "role of a request", "no plain folder name")
+
+
+@pytest.mark.parametrize(
+    ("node", "roles"),
+    [
+        ({"role": "teacher", "modality": "text"}, ["student/0", "plain", "teacher/image", "teacher/text/"]),
+        ({"role": "student"}, ["teacher/text"]),
+    ],
+)
+def test_a_real_node_plays_its_own_role_only(node, roles, toy, refuses):
+    """A teacher that trained as a student, on its modality alone, would send parameters, and margins that are not counted."""
+    values = {"from-epoch": 0, "epochs": 3, "workers": 1, "worker": 0, "best-epoch": 3, "best": 0.1, "split": "val", "hashes": "{}"}
+    for role in roles:
+        for action in ("fit", "score", "distil", "evaluate", "test"):
+            asked = partial(ask, node, {**SMALL, "data.modalities": "text"}, action, role=role, **values)
+            refuses(ReplyError, asked, "this node is", repr(role))
+
+
 def test_margins_are_clipped_to_the_stated_bound(teacher, toy, federate, refuses):
     margins, _ = teacher
     n = SMALL["training.batch-size"] + SMALL["distillation.batch-size"]
@@ -199,16 +239,16 @@ def test_margins_are_clipped_to_the_stated_bound(teacher, toy, federate, refuses
 def test_a_damaged_ledger_line_is_no_way_around(tmp_path):
     """A line cut short by a crash is left out; the agreement before it still holds."""
     agreement = {"split": "s", "seed": 1, "batch_size": 2, "kd_batch_size": 3, "epochs": 4}
-    folder = tmp_path / "workspace/run/teacher-text"
-    assert Ledger(folder).admit(agreement, 0, 2, 10) == 20
-    Ledger(folder).note(from_epoch=0, epochs=2, margins=20, new=20)
-    with (folder / "answers.jsonl").open("ab") as file:
+    folder = tmp_path / "answers/teacher-text"
+    assert Ledger(folder, "run").admit(agreement, 0, 2, 10) == 20
+    Ledger(folder, "run").note(from_epoch=0, epochs=2, margins=20, new=20)
+    with (folder / "run.jsonl").open("ab") as file:
         file.write(b'{"from_epoch": 2, "ep')
-    assert Ledger(folder).admit(agreement, 1, 2, 10) == 10
-    Ledger(folder).note(from_epoch=1, epochs=2, margins=20, new=10)
-    assert Ledger(folder).admit(agreement, 0, 3, 10) == 0
+    assert Ledger(folder, "run").admit(agreement, 1, 2, 10) == 10
+    Ledger(folder, "run").note(from_epoch=1, epochs=2, margins=20, new=10)
+    assert Ledger(folder, "run").admit(agreement, 0, 3, 10) == 0
     with pytest.raises(ReplyError, match="other triples"):
-        Ledger(folder).admit({**agreement, "seed": 2}, 1, 2, 10)
-    (folder / "answers.jsonl").write_bytes(b"nothing of the kind\n")
+        Ledger(folder, "run").admit({**agreement, "seed": 2}, 1, 2, 10)
+    (folder / "run.jsonl").write_bytes(b"nothing of the kind\n")
     with pytest.raises(ReplyError, match="damaged"):
-        Ledger(folder)
+        Ledger(folder, "run")
