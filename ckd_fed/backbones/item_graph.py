@@ -9,9 +9,8 @@ Where the published code leaves the finite numbers, and what is done here instea
 - a row whose similarities sum to less than zero has no square root (NaN there): like one that sums to zero, which the published code
   does guard, it takes no part in the normalised graph.
 
-An item that lacks a modality (the published code knows none) is nobody's neighbour in that modality's graph, and its own row is that of an
-absent modality: it receives the mean of all items. That part is of rank one and never written out: the row is empty here, and
-:meth:`ItemGraphBackbone.spread` adds it.
+An item that lacks a modality (the published code knows none) is nobody's neighbour in that modality's graph, and what it receives there is
+what every item receives where the modality is absent. Its row is empty here, and :meth:`ItemGraphBackbone.spread` fills in what it receives.
 """
 
 from __future__ import annotations
@@ -248,10 +247,21 @@ class ItemGraphBackbone(Backbone):
         """Which items have the modality, ``(n_items,)`` bool; None where all have it."""
         return self.get_buffer(f"present_{modality}") if modality in self.incomplete else None
 
-    def spread(self, modality: str, product: Tensor, x: Tensor) -> Tensor:
-        """S_m x, of its product without the rows of the items that lack the modality: they receive the mean of x, ``(n_items, d)``."""
+    def spread(self, modality: str, product: Tensor, absent: Tensor) -> Tensor:
+        """S_m x, ``(n_items, d)``, of a product whose rows are empty where an item lacks the modality.
+
+        Args:
+            modality: m.
+            product: ``(n_items, d)``.
+            absent: rows ``(n, d)`` whose mean every item receives where the modality is absent.
+        """
         present = self.present(modality)
-        return product if present is None else torch.where(present.unsqueeze(1), product, x.mean(0))
+        return product if present is None else torch.where(present.unsqueeze(1), product, absent.mean(0))
+
+    def mean(self, modality: str, rows: Tensor) -> Tensor:
+        """Mean of some rows ``(n_items, d)`` over the items that have the modality, ``(1, d)``."""
+        present = self.present(modality)
+        return (rows if present is None else rows[present]).mean(0, keepdim=True)
 
     def nearest(self, modality: str, k: int) -> Neighbours:
         """The k nearest items by the modality's features, :func:`frozen_nearest`."""

@@ -39,7 +39,8 @@ class MGCN(ItemGraphBackbone):
     over the batch's positive items and its users (:func:`~ckd_fed.backbones.contrastive.info_nce`).
 
     An absent modality's S_m is uniform (1/N) and its e_m the mean, so x_m is the mean item embedding behind one gate, the same for every
-    item; users get R times that. Attention and gates are computed from it. Users differ from view to view.
+    item, those that lack the modality among them where it is present; users get R times that. Attention and gates are computed from it.
+    Users differ from view to view.
 
     The published model has two modalities and divides by three; here by the number of modalities and one. With a single modality
     o = Z_m, so the attention and G' have no effect and s = Z_m / 2. There is one published implementation, the authors' (also in MMRec).
@@ -92,7 +93,7 @@ class MGCN(ItemGraphBackbone):
     def forward(self, views: Sequence[View]) -> Pass:
         """Full tables; ``parts`` are c and s of the joint view."""
         behaviour = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_ui_layers)
-        states = {(m, present): self._state(m, present) for m in self.modalities for present in (True, False) if wanted(views, m, present)}
+        states = self.contents(views)
         scores = {key: self.query(z) for key, z in states.items()}  # (n_users + n_items, 1)
         gates = {m: self.preference_gate[m](behaviour).sigmoid() for m in self.modalities}
         tables, parts = {}, {}
@@ -116,16 +117,20 @@ class MGCN(ItemGraphBackbone):
             pairs.append(info_nce(side, behaviour, self.temperature))
         return {**super().losses(batch), "contrastive": self.contrastive_weight * torch.stack(pairs).sum()}
 
-    def _state(self, modality: str, present: bool) -> Tensor:
-        """Z_m, ``(n_users + n_items, d)``."""
-        linear, gate = self.projection[modality], self.gate[modality]
-        if present:
-            x = self.item_embedding * gate(linear(self.trained_features(modality))).sigmoid()
-            for _ in range(self.n_item_layers):
-                x = self.spread(modality, self.item_graph[modality](x), x)
-            return torch.cat([self.to_users(x), x])
-        mean = self.item_embedding.mean(0) * gate(linear(self.trained_features(modality).mean(0))).sigmoid()  # (d,)
-        return torch.cat([self.get_buffer("user_share") * mean, mean.expand(self.n_items, -1)])
+    def contents(self, views: Sequence[View]) -> dict[State, Tensor]:
+        """Z_m of every modality as the views need it, ``(n_users + n_items, d)`` each."""
+        found = {}
+        for m in self.modalities:
+            gate, projected = self.gate[m], self.projection[m](self.trained_features(m))  # f_m, (n_items, d)
+            absent = self.item_embedding.mean(0) * gate(self.mean(m, projected)).sigmoid()  # (1, d): the mean of f_m is f_m of the mean
+            if wanted(views, m, True):
+                x = self.item_embedding * gate(projected).sigmoid()
+                for _ in range(self.n_item_layers):
+                    x = self.spread(m, self.item_graph[m](x), absent)
+                found[m, True] = torch.cat([self.to_users(x), x])
+            if wanted(views, m, False):
+                found[m, False] = torch.cat([self.get_buffer("user_share") * absent, absent.expand(self.n_items, -1)])
+        return found
 
     def _split(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Users and items, as torch.split gives them: their gradients are joined by one concatenation."""

@@ -36,8 +36,8 @@ class MICRO(ItemGraphBackbone):
     As in LATTICE the learned graphs are built with gradient for the first training batch of an epoch and kept for the others; evaluation
     builds them anew.
 
-    An absent modality's S_m is uniform (1/N), so its z_m is the mean item embedding for every item; the attention is computed from it. Users
-    are the same in every view.
+    An absent modality's S_m is uniform (1/N), so its z_m is the mean item embedding for every item; the attention is computed from it. So is
+    the z_m of an item that lacks the modality. Users are the same in every view.
 
     The sums run over any number of modalities. A teacher has its own modality's C alone; there h = z_m, so it only spreads the items. The
     published learning rate decays by 0.96 every 50 epochs; here it is constant. There is one published implementation, the authors'.
@@ -116,7 +116,7 @@ class MICRO(ItemGraphBackbone):
         for m, graph in self.item_graphs(present).items():
             z: Tensor = self.item_embedding
             for _ in range(self.n_item_layers):
-                z = self.spread(m, graph @ z, z)
+                z = self.spread(m, graph @ z, self.item_embedding)
             states[m, True] = z
         mean = self.item_embedding.mean(0, keepdim=True)
         states.update({(m, False): mean for m in self.modalities if any(m not in view for view in views)})

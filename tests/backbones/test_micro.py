@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from dense_graphs import nearest, spread, sym
+from dense_graphs import nearest, sym
 from torch.nn.functional import normalize
 
 from ckd_fed.backbones import item_graph, micro
@@ -48,13 +48,15 @@ def by_hand(model, train, present):
     mean = (ids + adjacency @ ids + adjacency @ adjacency @ ids) / 3
     z = {}
     for m in model.modalities:
-        graph = torch.full((N_ITEMS, N_ITEMS), 1 / N_ITEMS, dtype=torch.float64)
+        absent = model.item_embedding.mean(0)
+        z[m] = absent.expand(N_ITEMS, -1)
         if m in present:
             features, has = model.features(m), model.present(m)
+            has = torch.ones(N_ITEMS, dtype=torch.bool) if has is None else has
             learned = norm(nearest(model.projection[m](features + model.drift[m]), K, has), model.normalisation)
             frozen = norm(nearest(features, K, has), model.normalisation)
-            graph = spread((1 - model.frozen_share) * learned + model.frozen_share * frozen, 1 / N_ITEMS, has)
-        z[m] = graph @ graph @ model.item_embedding
+            graph = (1 - model.frozen_share) * learned + model.frozen_share * frozen
+            z[m] = torch.where(has.unsqueeze(1), graph @ torch.where(has.unsqueeze(1), graph @ model.item_embedding, absent), absent)
     scores = torch.stack([model.query[2](torch.tanh(model.query[0](x))) for x in z.values()])
     h = (scores.softmax(0) * torch.stack(list(z.values()))).sum(0)
     return mean[:N_USERS], mean[N_USERS:] + normalize(h), h, z
