@@ -11,6 +11,7 @@ Where the published code leaves the finite numbers, and what is done here instea
 
 An item that lacks a modality (the published code knows none) is nobody's neighbour in that modality's graph, and what it receives there is
 what every item receives where the modality is absent. Its row is empty here, and :meth:`ItemGraphBackbone.spread` fills in what it receives.
+It takes no part in the modality's own losses, so its drift stays 0.
 """
 
 from __future__ import annotations
@@ -213,11 +214,7 @@ class ItemGraphBackbone(Backbone):
     def __init__(
         self, train: Interactions, features: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, *, embedding_dim: int, l2: float
     ) -> None:
-        super().__init__(train, features, l2=l2)
-        self.incomplete = tuple(m for m in features if present and m in present and not present[m].all())
-        for modality in self.incomplete:
-            assert present is not None
-            self.register_buffer(f"present_{modality}", present[modality], persistent=False)
+        super().__init__(train, features, present, l2=l2)
         self.user_embedding = nn.Parameter(torch.empty(self.n_users, embedding_dim))
         self.item_embedding = nn.Parameter(torch.empty(self.n_items, embedding_dim))
         self.drift = nn.ParameterDict({m: nn.Parameter(torch.empty_like(x)) for m, x in features.items()})
@@ -240,12 +237,8 @@ class ItemGraphBackbone(Backbone):
         return self.get_buffer(f"features_{modality}")
 
     def trained_features(self, modality: str) -> Tensor:
-        """e_m, ``(n_items, dimension)``."""
+        """e_m, ``(n_items, dimension)``; nothing may depend on the rows of items that lack the modality."""
         return self.features(modality) + self.drift[modality]
-
-    def present(self, modality: str) -> Tensor | None:
-        """Which items have the modality, ``(n_items,)`` bool; None where all have it."""
-        return self.get_buffer(f"present_{modality}") if modality in self.incomplete else None
 
     def spread(self, modality: str, product: Tensor, absent: Tensor) -> Tensor:
         """S_m x, ``(n_items, d)``, of a product whose rows are empty where an item lacks the modality.
@@ -257,11 +250,6 @@ class ItemGraphBackbone(Backbone):
         """
         present = self.present(modality)
         return product if present is None else torch.where(present.unsqueeze(1), product, absent.mean(0))
-
-    def mean(self, modality: str, rows: Tensor) -> Tensor:
-        """Mean of some rows ``(n_items, d)`` over the items that have the modality, ``(1, d)``."""
-        present = self.present(modality)
-        return (rows if present is None else rows[present]).mean(0, keepdim=True)
 
     def nearest(self, modality: str, k: int) -> Neighbours:
         """The k nearest items by the modality's features, :func:`frozen_nearest`."""

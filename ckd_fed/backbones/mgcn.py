@@ -122,7 +122,9 @@ class MGCN(ItemGraphBackbone):
         found = {}
         for m in self.modalities:
             gate, projected = self.gate[m], self.projection[m](self.trained_features(m))  # f_m, (n_items, d)
-            absent = self.item_embedding.mean(0) * gate(self.mean(m, projected)).sigmoid()  # (1, d): the mean of f_m is f_m of the mean
+            absent = (
+                self.item_embedding.mean(0) * gate(self.having(m, projected).mean(0, keepdim=True)).sigmoid()
+            )  # (1, d): the mean of f_m is f_m of the mean
             if wanted(views, m, True):
                 x = self.item_embedding * gate(projected).sigmoid()
                 for _ in range(self.n_item_layers):

@@ -31,7 +31,7 @@ class MICRO(ItemGraphBackbone):
 
     .. math:: \beta \sum_m C(z_m, h)
 
-    over all items (:func:`~ckd_fed.backbones.contrastive.catalogue_contrast`), whose work is quadratic in their number.
+    over all items that have m (:func:`~ckd_fed.backbones.contrastive.catalogue_contrast`), whose work is quadratic in their number.
 
     As in LATTICE the learned graphs are built with gradient for the first training batch of an epoch and kept for the others; evaluation
     builds them anew.
@@ -104,9 +104,11 @@ class MICRO(ItemGraphBackbone):
         return Pass(tables, parts)
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
-        """BPR, L2, and every modality's content against the fused one, over all items."""
-        h = batch.parts["fused"]
-        contrasts = [catalogue_contrast(batch.parts[f"content_{m}"], h, self.temperature) for m in self.modalities]
+        """BPR, L2, and every modality's content against the fused one, over all items that have it."""
+        contrasts = []
+        for m in self.modalities:
+            z, h = (self.having(m, batch.parts[part]) for part in (f"content_{m}", "fused"))
+            contrasts.append(catalogue_contrast(z, h, self.temperature))
         return {**super().losses(batch), "contrastive": self.contrastive_weight * torch.stack(contrasts).sum()}
 
     def states(self, views: Sequence[View]) -> dict[tuple[str, bool], Tensor]:

@@ -90,13 +90,16 @@ def test_tables_and_gradients_of_any_view(build, train, present, kind, masks):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
-def test_the_contrast_is_that_of_every_modality_with_the_fused(build, train):
+@pytest.mark.parametrize("masks", [None, LACKING], ids=["complete", "lacking"])
+def test_the_contrast_is_that_of_every_modality_with_the_fused(build, train, masks):
+    """Over the items that have the modality."""
     for n_modalities in (1, 3):
-        model = build(n_modalities, n_item_layers=2, contrastive_weight=0.5, temperature=0.7)
+        model = build(n_modalities, masks=masks, n_item_layers=2, contrastive_weight=0.5, temperature=0.7)
         terms = model.step(triples(), [model.only("image")]).loss_terms
         assert set(terms) == {"bpr", "l2", "contrastive"}
         _, _, h, z = by_hand(model, train, model.joint)
-        expected = 0.5 * sum(catalogue_contrast(x, h, 0.7) for x in z.values())
+        having = {m: slice(None) if model.present(m) is None else model.present(m) for m in z}
+        expected = 0.5 * sum(catalogue_contrast(x[having[m]], h[having[m]], 0.7) for m, x in z.items())
         torch.testing.assert_close(terms["contrastive"], expected, rtol=1e-11, atol=1e-13)
 
 
