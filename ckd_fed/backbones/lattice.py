@@ -37,7 +37,9 @@ class LATTICE(ItemGraphBackbone):
     (in FREEDOM, MICRO and MGCN nothing differs). Users are the same in every view.
 
     The sums run over any number of modalities. MMRec's and the authors' code agree; Elliot's differs (diagonals set to 1, other
-    normalisations) and is not followed. The published learning rate decays by 0.96 every 50 epochs; here it is constant.
+    normalisations) and is not followed. The published learning rate decays by 0.96 every 50 epochs; here it is constant. There, as ``zero_grad``
+    was in 2021, W, b, e_m and a have gradients of zero in all batches of an epoch but the first, so Adam's momentum moves them on through the
+    epoch; here they have none, and Adam passes them over until the next epoch.
 
     Args:
         train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.

@@ -39,8 +39,10 @@ class MICRO(ItemGraphBackbone):
     An absent modality's S_m is uniform (1/N), so its z_m is the mean item embedding for every item; the attention is computed from it. So is
     the z_m of an item that lacks the modality. Users are the same in every view.
 
-    The sums run over any number of modalities. A teacher has its own modality's C alone; there h = z_m, so it only spreads the items. The
-    published learning rate decays by 0.96 every 50 epochs; here it is constant. There is one published implementation, the authors'.
+    The sums run over any number of modalities. A teacher has its own modality's C alone; there h = z_m, so it only spreads the items. There is
+    one published implementation, the authors'. Its learning rate decays by 0.96 every 50 epochs; here it is constant. There, as ``zero_grad`` was
+    in 2021, W_m, b_m and e_m of the learned graphs have gradients of zero in all batches of an epoch but the first, so Adam's momentum moves them
+    on through the epoch; here they have none, and Adam passes them over until the next epoch.
 
     Args:
         train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
