@@ -215,6 +215,17 @@ class Backbone(nn.Module, ABC):
         ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
         distillation_views = list(distillation_views) if distillation is not None else []
         done = self(list(dict.fromkeys([*ranking_views, *distillation_views])))
+        return self.read(done, ranking, ranking_views, distillation, distillation_views)
+
+    def read(
+        self,
+        done: Pass,
+        ranking: Triples,
+        ranking_views: Sequence[View],
+        distillation: Triples | None,
+        distillation_views: Sequence[View],
+    ) -> StepOutput:
+        """What :meth:`step` gives, from a pass over its views; the triples index its tables."""
         gather = Gather(ranking, distillation)
         output = StepOutput({}, {}, {})
         of_users: dict[int, Tensor] = {}  # what is gathered from each table; views may share one

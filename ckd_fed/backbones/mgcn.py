@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View
+from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, StepOutput, Triples, View
 from ckd_fed.backbones.contrastive import checked_temperature, info_nce
+from ckd_fed.backbones.gather import compacted
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.backbones.item_graph import ItemGraphBackbone, normalise, total
 from ckd_fed.data.interactions import Interactions
@@ -81,7 +82,8 @@ class MGCN(ItemGraphBackbone):
         self.propagate = Propagation(adjacency, dtype)
         to_users = adjacency[: self.n_users, self.n_users :]
         self.to_users = Propagation(to_users, dtype)
-        self.register_buffer("user_share", torch.from_numpy(np.asarray(to_users.sum(axis=1)).reshape(-1, 1)).to(dtype), persistent=False)
+        share = np.concatenate([np.asarray(to_users.sum(axis=1)).ravel(), np.ones(self.n_items)])  # of a row that all items have
+        self.register_buffer("share", torch.from_numpy(share[:, None]).to(dtype), persistent=False)
         self.item_graph = nn.ModuleDict({m: Propagation(normalise(self.nearest(m, neighbours)).to_scipy(), dtype) for m in features})
         self.reset_parameters()
 
@@ -92,22 +94,53 @@ class MGCN(ItemGraphBackbone):
 
     def forward(self, views: Sequence[View]) -> Pass:
         """Full tables; ``parts`` are c and s of the joint view."""
+        return self._pass(views, self.n_users)
+
+    def step(
+        self,
+        ranking: Triples,
+        ranking_views: Sequence[View] = (),
+        distillation: Triples | None = None,
+        distillation_views: Sequence[View] = (),
+    ) -> StepOutput:
+        """As :meth:`Backbone.step`; what follows the graphs is row by row, and only the rows of the batches are computed."""
+        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
+        distillation_views = list(distillation_views) if distillation is not None else []
+        batches = [ranking] if distillation is None else [ranking, distillation]
+        users, of_users = compacted(self.n_users, [batch.users for batch in batches])
+        items, of_items = compacted(self.n_items, [torch.stack([batch.first, batch.second]) for batch in batches])
+        views = list(dict.fromkeys([*ranking_views, *distillation_views]))
+        done = self._pass(views, len(users), torch.cat([users, items + self.n_users]))
+        local = [Triples(mine, *both) for mine, both in zip(of_users, of_items, strict=True)]
+        return self.read(done, local[0], ranking_views, None if distillation is None else local[1], distillation_views)
+
+    def _pass(self, views: Sequence[View], n_users: int, nodes: Tensor | None = None) -> Pass:
+        """Tables of some nodes, n_users users and then items; of all nodes where None is given."""
         behaviour = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_ui_layers)
-        states = self.contents(views)
-        scores = {key: self.query(z) for key, z in states.items()}  # (n_users + n_items, 1)
-        gates = {m: self.preference_gate[m](behaviour).sigmoid() for m in self.modalities}
+        behaviour = behaviour if nodes is None else behaviour.index_select(0, nodes)
         tables, parts = {}, {}
-        for view in views:
-            shares = torch.cat([scores[m, m in view] for m in self.modalities], 1).softmax(1).split(1, dim=1)
-            contents = {m: states[m, m in view] for m in self.modalities}
-            common = total(a * contents[m] for m, a in zip(self.modalities, shares, strict=True))
-            special = total(gates[m] * (contents[m] - common) for m in self.modalities)
-            side = (special + common) / (len(self.modalities) + 1)
-            tables[view] = Embeddings(*self._split(behaviour + side))
+        for view, side in self._sides(views, behaviour, self.contents(views, nodes)).items():
+            tables[view] = Embeddings(*_split(behaviour + side, n_users))
             if view == self.joint:
                 for name, table in (("side", side), ("behaviour", behaviour)):
-                    parts[f"{name}_users"], parts[f"{name}_items"] = self._split(table)
+                    parts[f"{name}_users"], parts[f"{name}_items"] = _split(table, n_users)
         return Pass(tables, parts)
+
+    def _sides(self, views: Sequence[View], behaviour: Tensor, contents: Mapping[State, Tensor]) -> dict[View, Tensor]:
+        """s of every view from rows of c and Z_m, ``(n, d)`` each."""
+        if len(self.modalities) == 1:  # o is the content and what is special is 0
+            (m,) = self.modalities
+            return {view: contents[m, m in view] / 2 for view in views}
+        scores = {key: self.query(z) for key, z in contents.items()}  # (n, 1)
+        gates = {m: self.preference_gate[m](behaviour).sigmoid() for m in self.modalities}
+        sides = {}
+        for view in views:
+            shares = torch.cat([scores[m, m in view] for m in self.modalities], 1).softmax(1).split(1, dim=1)
+            seen = {m: contents[m, m in view] for m in self.modalities}
+            common = total(a * seen[m] for m, a in zip(self.modalities, shares, strict=True))
+            special = total(gates[m] * (seen[m] - common) for m in self.modalities)
+            sides[view] = (special + common) / (len(self.modalities) + 1)
+        return sides
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
         """BPR, L2, and the side of the batch's users and positive items against their behaviour."""
@@ -117,29 +150,31 @@ class MGCN(ItemGraphBackbone):
             pairs.append(info_nce(side, behaviour, self.temperature))
         return {**super().losses(batch), "contrastive": self.contrastive_weight * torch.stack(pairs).sum()}
 
-    def contents(self, views: Sequence[View]) -> dict[State, Tensor]:
-        """Z_m of every modality as the views need it, ``(n_users + n_items, d)`` each."""
+    def contents(self, views: Sequence[View], nodes: Tensor | None = None) -> dict[State, Tensor]:
+        """Z_m of every modality as the views need it, of some nodes or of all, ``(n, d)`` each."""
+        share = self.get_buffer("share") if nodes is None else self.get_buffer("share").index_select(0, nodes)
         found = {}
         for m in self.modalities:
             gate, projected = self.gate[m], self.projection[m](self.trained_features(m))  # f_m, (n_items, d)
-            absent = (
-                self.item_embedding.mean(0) * gate(self.having(m, projected).mean(0, keepdim=True)).sigmoid()
-            )  # (1, d): the mean of f_m is f_m of the mean
+            # The mean of f_m is f_m of the mean.
+            absent = self.item_embedding.mean(0) * gate(self.having(m, projected).mean(0, keepdim=True)).sigmoid()  # (1, d)
             if wanted(views, m, True):
                 x = self.item_embedding * gate(projected).sigmoid()
                 for _ in range(self.n_item_layers):
                     x = self.spread(m, self.item_graph[m](x), absent)
-                found[m, True] = torch.cat([self.to_users(x), x])
+                z = torch.cat([self.to_users(x), x])
+                found[m, True] = z if nodes is None else z.index_select(0, nodes)
             if wanted(views, m, False):
-                found[m, False] = torch.cat([self.get_buffer("user_share") * absent, absent.expand(self.n_items, -1)])
+                found[m, False] = share * absent
         return found
-
-    def _split(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Users and items, as torch.split gives them: their gradients are joined by one concatenation."""
-        users, items = table.split([self.n_users, self.n_items])
-        return users, items
 
 
 def wanted(views: Sequence[View], modality: str, present: bool) -> bool:
     """Whether some view has the modality present, or absent."""
     return any((modality in view) is present for view in views)
+
+
+def _split(table: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
+    """Users and items, as torch.split gives them: their gradients are joined by one concatenation."""
+    users, items = table.split([n_users, len(table) - n_users])
+    return users, items
