@@ -86,7 +86,8 @@ class MICRO(ItemGraphBackbone):
 
     @property
     def dense_work(self) -> float:
-        return 12.0 * self.n_items**2 * self.item_embedding.shape[1] * len(self.modalities)  # of the contrast
+        products = 12 * len(self.modalities) if len(self.modalities) > 1 else 6
+        return float(products * self.n_items**2 * self.item_embedding.shape[1])  # of the contrast
 
     def start_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """Forget the learned graphs: the next training batch builds them."""
@@ -96,7 +97,7 @@ class MICRO(ItemGraphBackbone):
         """Full tables; ``parts`` are h and z_m of the joint view."""
         users, items = self.collaborative(self.user_embedding, self.item_embedding)
         states = self.states(views)
-        scores = {key: self.query(z) for key, z in states.items()}  # (n_items, 1), or (1, 1) where absent
+        scores = {key: self.query(z) for key, z in states.items()} if len(self.modalities) > 1 else {}  # (n_items, 1), or (1, 1) where absent
         tables, parts = {}, {}
         for view in views:
             h = self._fused(view, states, scores)
@@ -109,7 +110,8 @@ class MICRO(ItemGraphBackbone):
         """BPR, L2, and every modality's content against the fused one, over all items that have it."""
         contrasts = []
         for m in self.modalities:
-            z, h = (self.having(m, batch.parts[part]) for part in (f"content_{m}", "fused"))
+            z = self.having(m, batch.parts[f"content_{m}"])
+            h = self.having(m, batch.parts["fused"]) if len(self.modalities) > 1 else z  # one tensor is half the work
             contrasts.append(catalogue_contrast(z, h, self.temperature))
         return {**super().losses(batch), "contrastive": self.contrastive_weight * torch.stack(contrasts).sum()}
 
@@ -143,7 +145,10 @@ class MICRO(ItemGraphBackbone):
         return union([learned.scaled(1 - self.frozen_share), self.frozen(modality).scaled(self.frozen_share)])
 
     def _fused(self, view: View, states: Mapping[tuple[str, bool], Tensor], scores: Mapping[tuple[str, bool], Tensor]) -> Tensor:
-        """h, ``(n_items, d)``."""
+        """h, ``(n_items, d)``; a single modality's is its z."""
+        if len(self.modalities) == 1:
+            (m,) = self.modalities
+            return states[m, m in view].expand(self.n_items, -1)
         logits = torch.cat([scores[m, m in view].expand(self.n_items, 1) for m in self.modalities], 1)  # (n_items, n_modalities)
         shares = logits.softmax(1).split(1, dim=1)
         return total(a * states[m, m in view] for m, a in zip(self.modalities, shares, strict=True))

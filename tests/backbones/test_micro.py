@@ -103,6 +103,17 @@ def test_the_contrast_is_that_of_every_modality_with_the_fused(build, train, mas
         torch.testing.assert_close(terms["contrastive"], expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("masks", [None, {"image": LACKING["text"]}], ids=["complete", "lacking"])
+def test_a_teachers_contrast_is_of_one_tensor(build, monkeypatch, masks):
+    pairs = []
+    monkeypatch.setattr(micro, "catalogue_contrast", lambda a, b, _: pairs.append((a, b)) or catalogue_contrast(a, b, 0.5))
+    model = build(1, masks=masks)
+    model.step(triples())
+    (one, two), done = pairs[0], model([model.joint]).parts
+    assert one is two
+    assert torch.equal(done["fused"], done["content_image"])
+
+
 def test_the_learned_graphs_are_built_once_an_epoch(build, monkeypatch):
     built = []
 
