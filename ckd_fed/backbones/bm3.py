@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.gather import Gather
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError
@@ -105,11 +106,15 @@ class BM3(Backbone):
 
     def forward(self, views: Sequence[View]) -> Pass:
         """The same tables for every view; ``parts`` are h of users and items before the predictor."""
-        nodes = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_layers)
-        users, items = nodes.split([self.n_users, self.n_items])
-        items = items + self.item_embedding
+        users, items = self.representations()
         tables = Embeddings(self.predictor(users), self.predictor(items))
         return Pass(dict.fromkeys(views, tables), {"users": users, "items": items})
+
+    def representations(self) -> tuple[Tensor, Tensor]:
+        """h of users ``(n_users, d)`` and items ``(n_items, d)``."""
+        nodes = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_layers)
+        users, items = nodes.split([self.n_users, self.n_items])
+        return users, items + self.item_embedding
 
     def step(
         self,
@@ -118,10 +123,18 @@ class BM3(Backbone):
         distillation: Triples | None = None,
         distillation_views: Sequence[View] = (),
     ) -> StepOutput:
-        """As :meth:`Backbone.step`, with one view computed for all of them."""
-        output = super().step(ranking, (), distillation, [self.joint] if distillation_views else ())
-        output.ranking = dict.fromkeys([self.joint, *ranking_views], output.ranking[self.joint])
-        output.distillation = {view: output.distillation[self.joint] for view in distillation_views if output.distillation}
+        """As :meth:`Backbone.step`, with one view computed for all of them, and the predictor on the batches' rows alone."""
+        users, items = self.representations()
+        gather = Gather(ranking, distillation if distillation_views else None)
+        of_items, difference = gather.of_items(items)
+        if difference is not None:
+            difference = F.linear(difference, self.predictor.weight)  # the bias cancels
+        rows = gather.rows(self.predictor(gather.of_users(users)), self.predictor(of_items), difference)
+        margin = rows.ranking_margin()
+        batch = RankingBatch(ranking, margin, *rows[:3], {"users": users, "items": items})
+        output = StepOutput(self.losses(batch), dict.fromkeys([self.joint, *ranking_views], margin), {})
+        if difference is not None:
+            output.distillation = dict.fromkeys(distillation_views, rows.distillation_margin())
         return output
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """What only BM3 promises: scores without features, a loss without negatives, dropout of the targets, drift instead of features."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from ckd_fed.backbones.base import Triples
+from ckd_fed.backbones.base import Backbone, Triples
 from ckd_fed.backbones.build import build_backbone
 from ckd_fed.errors import ConfigError
 
@@ -83,6 +84,25 @@ def test_views_are_one_and_the_same(build, triples):
     output = model.step(triples, views, triples, views[1:])
     assert all(torch.equal(output.ranking[view], output.ranking[model.joint]) for view in views)
     assert set(output.distillation) == set(views[1:])
+
+
+def test_a_step_is_that_of_whole_tables_and_predicts_the_rows_of_its_batches_alone(build, triples):
+    model, few = build(dropout=0.0), Triples(torch.tensor([2, 2]), torch.tensor([3, 0]), torch.tensor([3, 4]))
+    views, predicted = [model.joint, model.only("image")], []
+    model.predictor.register_forward_hook(lambda _module, entering, _output: predicted.append(len(entering[0])))
+
+    def numbers(step):
+        model.zero_grad()
+        output = step(triples, views, few, views)
+        margins = [output.ranking[model.joint], output.distillation[model.joint]]
+        (sum(output.loss_terms.values()) + sum(margin.tanh().sum() for margin in margins)).backward()
+        return {**output.loss_terms, **dict(enumerate(margins)), **{key: parameter.grad for key, parameter in model.named_parameters()}}
+
+    ours, rows, theirs = numbers(model.step), predicted[:2], numbers(partial(Backbone.step, model))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-10, atol=1e-13, msg=key)
+    assert rows == [4 + 2, 2 * 4]  # users of both batches, items of the ranking batch
 
 
 def test_targets_pass_no_gradient(build, triples):
