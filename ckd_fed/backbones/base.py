@@ -110,19 +110,23 @@ class Backbone(nn.Module, ABC):
         features: modality -> item features ``(n_items, dimension)``; the order is the backbone's order of modalities. Items that lack the
             modality have the mean of the others.
         present: modality -> which items have it, ``(n_items,)`` bool, of modalities that some lack; only for backbones that ask for it, as
-            those do whose item graphs would else have edges of items about which nothing is known.
+            those do whose item graphs or losses would else be about items of which nothing is known.
         l2: weight lambda of the L2 term on the batch's joint embeddings.
     """
 
     #: Whether scores depend on features at all. Where they do not, every view is the same and all causal effects are 0 by construction.
     scores_use_features = True
 
-    def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, l2: float) -> None:
+    def __init__(self, train: Interactions, features: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None, *, l2: float) -> None:
         super().__init__()
         self.n_users = train.n_users
         self.n_items = train.n_items
         self.modalities = tuple(features)
         self.l2 = l2
+        lacking = {m: mask for m, mask in (present or {}).items() if m in features and not mask.all()}
+        self.incomplete = tuple(lacking)
+        for modality, mask in lacking.items():
+            self.register_buffer(f"present_{modality}", mask, persistent=False)
 
     @property
     def joint(self) -> View:
@@ -142,6 +146,15 @@ class Backbone(nn.Module, ABC):
     def without(self, modality: str) -> View:
         """The view with one modality absent."""
         return self.joint - {modality}
+
+    def present(self, modality: str) -> Tensor | None:
+        """Which items have the modality, ``(n_items,)`` bool; None where all have it."""
+        return self.get_buffer(f"present_{modality}") if modality in self.incomplete else None
+
+    def having(self, modality: str, rows: Tensor) -> Tensor:
+        """The rows, of ``(n_items, d)``, of the items that have the modality."""
+        present = self.present(modality)
+        return rows if present is None else rows[present]
 
     @property
     def dense_work(self) -> float:
@@ -202,6 +215,17 @@ class Backbone(nn.Module, ABC):
         ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
         distillation_views = list(distillation_views) if distillation is not None else []
         done = self(list(dict.fromkeys([*ranking_views, *distillation_views])))
+        return self.read(done, ranking, ranking_views, distillation, distillation_views)
+
+    def read(
+        self,
+        done: Pass,
+        ranking: Triples,
+        ranking_views: Sequence[View],
+        distillation: Triples | None,
+        distillation_views: Sequence[View],
+    ) -> StepOutput:
+        """What :meth:`step` gives, from a pass over its views; the triples index its tables."""
         gather = Gather(ranking, distillation)
         output = StepOutput({}, {}, {})
         of_users: dict[int, Tensor] = {}  # what is gathered from each table; views may share one
@@ -222,8 +246,8 @@ class Backbone(nn.Module, ABC):
 
 
 def bpr_loss(margin: Tensor) -> Tensor:
-    r"""Bayesian personalised ranking, mean of :math:`-\log\sigma(d)` over ``(B,)`` (Rendle et al. 2009, arXiv:1205.2618)."""
-    return -F.logsigmoid(margin).mean()
+    r"""Bayesian personalised ranking, mean of :math:`-\log\sigma(d)` over ``(B,)`` (Rendle et al. 2009, arXiv:1205.2618); 0 where B is 0."""
+    return -F.logsigmoid(margin).mean() if len(margin) else margin.sum()
 
 
 def half_squares(*rows: Tensor) -> Tensor:

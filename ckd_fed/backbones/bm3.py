@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.gather import Gather
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError
@@ -39,12 +40,12 @@ class BM3(Backbone):
 
     The published e_m is an embedding that starts as the features and is trained. Here it is features (a constant buffer that is never
     saved nor sent) plus a trained drift that starts at 0: Adam moves the one as it moves the other. A teacher has its own modality's
-    terms alone. MMRec's source and the authors' are the same.
+    terms alone. MMRec's source and the authors' are the same. A modality's terms are means over the pairs whose item has it.
 
     Dropout is drawn once a step for each table and shared by every use of it; a user or item that is in the batch twice has one mask.
 
     Args:
-        train, features: see :class:`~ckd_fed.backbones.base.Backbone`; the training interactions are the graph.
+        train, features, present: see :class:`~ckd_fed.backbones.base.Backbone`; the training interactions are the graph.
         l2: lambda.
         embedding_dim: width d of all embeddings.
         n_layers: L.
@@ -61,6 +62,7 @@ class BM3(Backbone):
         self,
         train: Interactions,
         features: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None = None,
         *,
         embedding_dim: int = 64,
         l2: float = 0.1,
@@ -68,7 +70,7 @@ class BM3(Backbone):
         dropout: float = 0.3,
         contrastive_weight: float = 2.0,
     ) -> None:
-        super().__init__(train, features, l2=l2)
+        super().__init__(train, features, present, l2=l2)
         if not dropout < 1:
             raise ConfigError(f"model.dropout is {dropout!r}; a share of at least 0 and below 1 is needed")
         self.embedding_dim, self.n_layers, self.dropout, self.contrastive_weight = embedding_dim, n_layers, dropout, contrastive_weight
@@ -104,11 +106,15 @@ class BM3(Backbone):
 
     def forward(self, views: Sequence[View]) -> Pass:
         """The same tables for every view; ``parts`` are h of users and items before the predictor."""
-        nodes = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_layers)
-        users, items = nodes.split([self.n_users, self.n_items])
-        items = items + self.item_embedding
+        users, items = self.representations()
         tables = Embeddings(self.predictor(users), self.predictor(items))
         return Pass(dict.fromkeys(views, tables), {"users": users, "items": items})
+
+    def representations(self) -> tuple[Tensor, Tensor]:
+        """h of users ``(n_users, d)`` and items ``(n_items, d)``."""
+        nodes = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_layers)
+        users, items = nodes.split([self.n_users, self.n_items])
+        return users, items + self.item_embedding
 
     def step(
         self,
@@ -117,10 +123,18 @@ class BM3(Backbone):
         distillation: Triples | None = None,
         distillation_views: Sequence[View] = (),
     ) -> StepOutput:
-        """As :meth:`Backbone.step`, with one view computed for all of them."""
-        output = super().step(ranking, (), distillation, [self.joint] if distillation_views else ())
-        output.ranking = dict.fromkeys([self.joint, *ranking_views], output.ranking[self.joint])
-        output.distillation = {view: output.distillation[self.joint] for view in distillation_views if output.distillation}
+        """As :meth:`Backbone.step`, with one view computed for all of them, and the predictor on the batches' rows alone."""
+        users, items = self.representations()
+        gather = Gather(ranking, distillation if distillation_views else None)
+        of_items, difference = gather.of_items(items)
+        if difference is not None:
+            difference = F.linear(difference, self.predictor.weight)  # the bias cancels
+        rows = gather.rows(self.predictor(gather.of_users(users)), self.predictor(of_items), difference)
+        margin = rows.ranking_margin()
+        batch = RankingBatch(ranking, margin, *rows[:3], {"users": users, "items": items})
+        output = StepOutput(self.losses(batch), dict.fromkeys([self.joint, *ranking_views], margin), {})
+        if difference is not None:
+            output.distillation = dict.fromkeys(distillation_views, rows.distillation_margin())
         return output
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
@@ -130,11 +144,15 @@ class BM3(Backbone):
         item_target = self._target("item", index.first, F.embedding(index.first, items.detach()), self.n_items)
         alignment = []
         for modality in self.modalities:
-            entering = F.embedding(index.first, self.get_buffer(f"features_{modality}")) + F.embedding(index.first, self.drift[modality])
+            positives, of_items, present = index.first, item_target, self.present(modality)
+            if present is not None:
+                having = present[positives]
+                positives, of_items = positives[having], of_items[having]
+            entering = F.embedding(positives, self.get_buffer(f"features_{modality}")) + F.embedding(positives, self.drift[modality])
             content = self.projection[modality](entering)  # f_m, (B, d)
             predicted = self.predictor(content)
-            target = self._target(modality, index.first, content.detach(), self.n_items)
-            alignment += [_distance(predicted, item_target), _distance(predicted, target)]
+            target = self._target(modality, positives, content.detach(), self.n_items)
+            alignment += [_distance(predicted, of_items), _distance(predicted, target)]
         norm = (torch.linalg.vector_norm(users) + torch.linalg.vector_norm(items)) / self.n_items
         return {
             "reconstruction": _distance(batch.users, item_target) + _distance(batch.positives, user_target),
@@ -162,5 +180,6 @@ class BM3(Backbone):
 
 
 def _distance(one: Tensor, two: Tensor) -> Tensor:
-    """1 - cosine similarity of rows ``(B, d)``, mean over the batch."""
-    return 1 - F.cosine_similarity(one, two, dim=-1).mean()
+    """1 - cosine similarity of rows ``(B, d)``, mean over the batch; 0 where B is 0."""
+    similarity = F.cosine_similarity(one, two, dim=-1)
+    return 1 - similarity.mean() if len(similarity) else similarity.sum()

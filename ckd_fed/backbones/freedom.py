@@ -31,6 +31,8 @@ class FREEDOM(ItemGraphBackbone):
 
     .. math:: L = \mathrm{BPR}(u, i, j) + \alpha \sum_m \mathrm{BPR}(u, f_m[i], f_m[j])
 
+    where the mean of a modality's term runs over the triples of which both items have it.
+
     In training the user-item graph is pruned: :meth:`start_epoch` keeps :math:`\lfloor E(1-\rho)\rfloor` of its edges, drawn without
     replacement with probabilities proportional to :math:`1/\sqrt{d_u d_i}`, and normalises anew. Evaluation uses all edges.
 
@@ -109,11 +111,15 @@ class FREEDOM(ItemGraphBackbone):
         return h
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
-        """BPR of the scores and of every modality's projected features; L2 where it is asked for."""
+        """BPR of the scores, and of every modality's projected features over the triples of which both items have it; L2 where it is asked for."""
         terms = {"bpr": bpr_loss(batch.margin)}
         for m in self.modalities:
-            first, second = self._projected(m, torch.cat([batch.triples.first, batch.triples.second])).chunk(2)
-            terms[f"bpr_{m}"] = self.modality_weight * bpr_loss(margin(batch.users, first, second))
+            (_, first, second), users, present = batch.triples, batch.users, self.present(m)
+            if present is not None:
+                both = present[first] & present[second]
+                first, second, users = first[both], second[both], users[both]
+            rows = self._projected(m, torch.cat([first, second])).split([len(first), len(second)])
+            terms[f"bpr_{m}"] = self.modality_weight * bpr_loss(margin(users, *rows))
         if self.l2:
             terms["l2"] = self.l2 * half_squares(batch.users, batch.positives, batch.negatives)
         return terms

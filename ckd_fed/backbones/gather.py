@@ -7,6 +7,7 @@ torch's own operations take 1.5 (5,000 pairs of 6,710 rows, d = 64), because eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,6 +92,20 @@ def gather_rows(table: Tensor, index: Tensor, pairs: Pairs | None = None) -> tup
         return rows, difference
     rows = F.embedding(index, table)
     return rows, None if pairs is None else F.embedding(pairs[0], table) - F.embedding(pairs[1], table)
+
+
+def compacted(n: int, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The distinct numbers of some index tensors in ascending order, and the indices as positions among these.
+
+    Args:
+        n: all numbers are below it.
+        indices: of any shapes.
+    """
+    found = torch.zeros(n, dtype=torch.bool, device=indices[0].device)
+    for index in indices:
+        found[index] = True
+    position = found.cumsum(0) - 1
+    return found.nonzero().squeeze(1), [position[index] for index in indices]
 
 
 def differences(table: Tensor, pairs: Pairs) -> Tensor:

@@ -9,9 +9,9 @@ Where the published code leaves the finite numbers, and what is done here instea
 - a row whose similarities sum to less than zero has no square root (NaN there): like one that sums to zero, which the published code
   does guard, it takes no part in the normalised graph.
 
-An item that lacks a modality (the published code knows none) is nobody's neighbour in that modality's graph, and its own row is that of an
-absent modality: it receives the mean of all items. That part is of rank one and never written out: the row is empty here, and
-:meth:`ItemGraphBackbone.spread` adds it.
+An item that lacks a modality (the published code knows none) is nobody's neighbour in that modality's graph, and what it receives there is
+what every item receives where the modality is absent. Its row is empty here, and :meth:`ItemGraphBackbone.spread` fills in what it receives.
+It takes no part in the modality's own losses, so its drift stays 0.
 """
 
 from __future__ import annotations
@@ -233,11 +233,7 @@ class ItemGraphBackbone(Backbone):
     def __init__(
         self, train: Interactions, features: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, *, embedding_dim: int, l2: float
     ) -> None:
-        super().__init__(train, features, l2=l2)
-        self.incomplete = tuple(m for m in features if present and m in present and not present[m].all())
-        for modality in self.incomplete:
-            assert present is not None
-            self.register_buffer(f"present_{modality}", present[modality], persistent=False)
+        super().__init__(train, features, present, l2=l2)
         self.user_embedding = nn.Parameter(torch.empty(self.n_users, embedding_dim))
         self.item_embedding = nn.Parameter(torch.empty(self.n_items, embedding_dim))
         self.drift = nn.ParameterDict({m: nn.Parameter(torch.empty_like(x)) for m, x in features.items()})
@@ -260,17 +256,19 @@ class ItemGraphBackbone(Backbone):
         return self.get_buffer(f"features_{modality}")
 
     def trained_features(self, modality: str) -> Tensor:
-        """e_m, ``(n_items, dimension)``."""
+        """e_m, ``(n_items, dimension)``; nothing may depend on the rows of items that lack the modality."""
         return self.features(modality) + self.drift[modality]
 
-    def present(self, modality: str) -> Tensor | None:
-        """Which items have the modality, ``(n_items,)`` bool; None where all have it."""
-        return self.get_buffer(f"present_{modality}") if modality in self.incomplete else None
+    def spread(self, modality: str, product: Tensor, absent: Tensor) -> Tensor:
+        """S_m x, ``(n_items, d)``, of a product whose rows are empty where an item lacks the modality.
 
-    def spread(self, modality: str, product: Tensor, x: Tensor) -> Tensor:
-        """S_m x, of its product without the rows of the items that lack the modality: they receive the mean of x, ``(n_items, d)``."""
+        Args:
+            modality: m.
+            product: ``(n_items, d)``.
+            absent: rows ``(n, d)`` whose mean every item receives where the modality is absent.
+        """
         present = self.present(modality)
-        return product if present is None else torch.where(present.unsqueeze(1), product, x.mean(0))
+        return product if present is None else torch.where(present.unsqueeze(1), product, absent.mean(0))
 
     def nearest(self, modality: str, k: int) -> Neighbours:
         """The k nearest items by the modality's features, :func:`frozen_nearest`."""

@@ -32,10 +32,14 @@ class LATTICE(ItemGraphBackbone):
     without gradient for the others, so W, b, e_m and a get a gradient once an epoch. Evaluation builds it anew.
 
     An absent modality's graph is uniform: S^1_m is k/N everywhere, sym(S^0_m) is 1/N. Both are of rank one and never written out. The same
-    holds of the row of an item that lacks the modality. Users are the same in every view.
+    holds of the row of an item that lacks the modality, before the learned graphs' sum is normalised: that divides by the neighbours' degrees
+    too, which differ where the modality is absent for all, and so the row of S differs a little from that of the view without the modality
+    (in FREEDOM, MICRO and MGCN nothing differs). Users are the same in every view.
 
     The sums run over any number of modalities. MMRec's and the authors' code agree; Elliot's differs (diagonals set to 1, other
-    normalisations) and is not followed. The published learning rate decays by 0.96 every 50 epochs; here it is constant.
+    normalisations) and is not followed. The published learning rate decays by 0.96 every 50 epochs; here it is constant. There, as ``zero_grad``
+    was in 2021, W, b, e_m and a have gradients of zero in all batches of an epoch but the first, so Adam's momentum moves them on through the
+    epoch; here they have none, and Adam passes them over until the next epoch.
 
     Args:
         train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View
+from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, StepOutput, Triples, View
 from ckd_fed.backbones.contrastive import checked_temperature, info_nce
+from ckd_fed.backbones.gather import compacted
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.backbones.item_graph import ItemGraphBackbone, normalise, total
 from ckd_fed.data.interactions import Interactions
@@ -39,7 +40,8 @@ class MGCN(ItemGraphBackbone):
     over the batch's positive items and its users (:func:`~ckd_fed.backbones.contrastive.info_nce`).
 
     An absent modality's S_m is uniform (1/N) and its e_m the mean, so x_m is the mean item embedding behind one gate, the same for every
-    item; users get R times that. Attention and gates are computed from it. Users differ from view to view.
+    item, those that lack the modality among them where it is present; users get R times that. Attention and gates are computed from it.
+    Users differ from view to view.
 
     The published model has two modalities and divides by three; here by the number of modalities and one. With a single modality
     o = Z_m, so the attention and G' have no effect and s = Z_m / 2. There is one published implementation, the authors' (also in MMRec).
@@ -80,7 +82,8 @@ class MGCN(ItemGraphBackbone):
         self.propagate = Propagation(adjacency, dtype)
         to_users = adjacency[: self.n_users, self.n_users :]
         self.to_users = Propagation(to_users, dtype)
-        self.register_buffer("user_share", torch.from_numpy(np.asarray(to_users.sum(axis=1)).reshape(-1, 1)).to(dtype), persistent=False)
+        share = np.concatenate([np.asarray(to_users.sum(axis=1)).ravel(), np.ones(self.n_items)])  # of a row that all items have
+        self.register_buffer("share", torch.from_numpy(share[:, None]).to(dtype), persistent=False)
         self.item_graph = nn.ModuleDict({m: Propagation(normalise(self.nearest(m, neighbours)).to_scipy(), dtype) for m in features})
         self.reset_parameters()
 
@@ -91,22 +94,53 @@ class MGCN(ItemGraphBackbone):
 
     def forward(self, views: Sequence[View]) -> Pass:
         """Full tables; ``parts`` are c and s of the joint view."""
+        return self._pass(views, self.n_users)
+
+    def step(
+        self,
+        ranking: Triples,
+        ranking_views: Sequence[View] = (),
+        distillation: Triples | None = None,
+        distillation_views: Sequence[View] = (),
+    ) -> StepOutput:
+        """As :meth:`Backbone.step`; what follows the graphs is row by row, and only the rows of the batches are computed."""
+        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
+        distillation_views = list(distillation_views) if distillation is not None else []
+        batches = [ranking] if distillation is None else [ranking, distillation]
+        users, of_users = compacted(self.n_users, [batch.users for batch in batches])
+        items, of_items = compacted(self.n_items, [torch.stack([batch.first, batch.second]) for batch in batches])
+        views = list(dict.fromkeys([*ranking_views, *distillation_views]))
+        done = self._pass(views, len(users), torch.cat([users, items + self.n_users]))
+        local = [Triples(mine, *both) for mine, both in zip(of_users, of_items, strict=True)]
+        return self.read(done, local[0], ranking_views, None if distillation is None else local[1], distillation_views)
+
+    def _pass(self, views: Sequence[View], n_users: int, nodes: Tensor | None = None) -> Pass:
+        """Tables of some nodes, n_users users and then items; of all nodes where None is given."""
         behaviour = light_gcn(self.propagate, torch.cat([self.user_embedding, self.item_embedding]), self.n_ui_layers)
-        states = {(m, present): self._state(m, present) for m in self.modalities for present in (True, False) if wanted(views, m, present)}
-        scores = {key: self.query(z) for key, z in states.items()}  # (n_users + n_items, 1)
-        gates = {m: self.preference_gate[m](behaviour).sigmoid() for m in self.modalities}
+        behaviour = behaviour if nodes is None else behaviour.index_select(0, nodes)
         tables, parts = {}, {}
-        for view in views:
-            shares = torch.cat([scores[m, m in view] for m in self.modalities], 1).softmax(1).split(1, dim=1)
-            contents = {m: states[m, m in view] for m in self.modalities}
-            common = total(a * contents[m] for m, a in zip(self.modalities, shares, strict=True))
-            special = total(gates[m] * (contents[m] - common) for m in self.modalities)
-            side = (special + common) / (len(self.modalities) + 1)
-            tables[view] = Embeddings(*self._split(behaviour + side))
+        for view, side in self._sides(views, behaviour, self.contents(views, nodes)).items():
+            tables[view] = Embeddings(*_split(behaviour + side, n_users))
             if view == self.joint:
                 for name, table in (("side", side), ("behaviour", behaviour)):
-                    parts[f"{name}_users"], parts[f"{name}_items"] = self._split(table)
+                    parts[f"{name}_users"], parts[f"{name}_items"] = _split(table, n_users)
         return Pass(tables, parts)
+
+    def _sides(self, views: Sequence[View], behaviour: Tensor, contents: Mapping[State, Tensor]) -> dict[View, Tensor]:
+        """s of every view from rows of c and Z_m, ``(n, d)`` each."""
+        if len(self.modalities) == 1:  # o is the content and what is special is 0
+            (m,) = self.modalities
+            return {view: contents[m, m in view] / 2 for view in views}
+        scores = {key: self.query(z) for key, z in contents.items()}  # (n, 1)
+        gates = {m: self.preference_gate[m](behaviour).sigmoid() for m in self.modalities}
+        sides = {}
+        for view in views:
+            shares = torch.cat([scores[m, m in view] for m in self.modalities], 1).softmax(1).split(1, dim=1)
+            seen = {m: contents[m, m in view] for m in self.modalities}
+            common = total(a * seen[m] for m, a in zip(self.modalities, shares, strict=True))
+            special = total(gates[m] * (seen[m] - common) for m in self.modalities)
+            sides[view] = (special + common) / (len(self.modalities) + 1)
+        return sides
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
         """BPR, L2, and the side of the batch's users and positive items against their behaviour."""
@@ -116,23 +150,31 @@ class MGCN(ItemGraphBackbone):
             pairs.append(info_nce(side, behaviour, self.temperature))
         return {**super().losses(batch), "contrastive": self.contrastive_weight * torch.stack(pairs).sum()}
 
-    def _state(self, modality: str, present: bool) -> Tensor:
-        """Z_m, ``(n_users + n_items, d)``."""
-        linear, gate = self.projection[modality], self.gate[modality]
-        if present:
-            x = self.item_embedding * gate(linear(self.trained_features(modality))).sigmoid()
-            for _ in range(self.n_item_layers):
-                x = self.spread(modality, self.item_graph[modality](x), x)
-            return torch.cat([self.to_users(x), x])
-        mean = self.item_embedding.mean(0) * gate(linear(self.trained_features(modality).mean(0))).sigmoid()  # (d,)
-        return torch.cat([self.get_buffer("user_share") * mean, mean.expand(self.n_items, -1)])
-
-    def _split(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Users and items, as torch.split gives them: their gradients are joined by one concatenation."""
-        users, items = table.split([self.n_users, self.n_items])
-        return users, items
+    def contents(self, views: Sequence[View], nodes: Tensor | None = None) -> dict[State, Tensor]:
+        """Z_m of every modality as the views need it, of some nodes or of all, ``(n, d)`` each."""
+        share = self.get_buffer("share") if nodes is None else self.get_buffer("share").index_select(0, nodes)
+        found = {}
+        for m in self.modalities:
+            gate, projected = self.gate[m], self.projection[m](self.trained_features(m))  # f_m, (n_items, d)
+            # The mean of f_m is f_m of the mean.
+            absent = self.item_embedding.mean(0) * gate(self.having(m, projected).mean(0, keepdim=True)).sigmoid()  # (1, d)
+            if wanted(views, m, True):
+                x = self.item_embedding * gate(projected).sigmoid()
+                for _ in range(self.n_item_layers):
+                    x = self.spread(m, self.item_graph[m](x), absent)
+                z = torch.cat([self.to_users(x), x])
+                found[m, True] = z if nodes is None else z.index_select(0, nodes)
+            if wanted(views, m, False):
+                found[m, False] = share * absent
+        return found
 
 
 def wanted(views: Sequence[View], modality: str, present: bool) -> bool:
     """Whether some view has the modality present, or absent."""
     return any((modality in view) is present for view in views)
+
+
+def _split(table: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
+    """Users and items, as torch.split gives them: their gradients are joined by one concatenation."""
+    users, items = table.split([n_users, len(table) - n_users])
+    return users, items

@@ -31,16 +31,18 @@ class MICRO(ItemGraphBackbone):
 
     .. math:: \beta \sum_m C(z_m, h)
 
-    over all items (:func:`~ckd_fed.backbones.contrastive.catalogue_contrast`), whose work is quadratic in their number.
+    over all items that have m (:func:`~ckd_fed.backbones.contrastive.catalogue_contrast`), whose work is quadratic in their number.
 
     As in LATTICE the learned graphs are built with gradient for the first training batch of an epoch and kept for the others; evaluation
     builds them anew.
 
-    An absent modality's S_m is uniform (1/N), so its z_m is the mean item embedding for every item; the attention is computed from it. Users
-    are the same in every view.
+    An absent modality's S_m is uniform (1/N), so its z_m is the mean item embedding for every item; the attention is computed from it. So is
+    the z_m of an item that lacks the modality. Users are the same in every view.
 
-    The sums run over any number of modalities. A teacher has its own modality's C alone; there h = z_m, so it only spreads the items. The
-    published learning rate decays by 0.96 every 50 epochs; here it is constant. There is one published implementation, the authors'.
+    The sums run over any number of modalities. A teacher has its own modality's C alone; there h = z_m, so it only spreads the items. There is
+    one published implementation, the authors'. Its learning rate decays by 0.96 every 50 epochs; here it is constant. There, as ``zero_grad`` was
+    in 2021, W_m, b_m and e_m of the learned graphs have gradients of zero in all batches of an epoch but the first, so Adam's momentum moves them
+    on through the epoch; here they have none, and Adam passes them over until the next epoch.
 
     Args:
         train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
@@ -84,7 +86,8 @@ class MICRO(ItemGraphBackbone):
 
     @property
     def dense_work(self) -> float:
-        return 12.0 * self.n_items**2 * self.item_embedding.shape[1] * len(self.modalities)  # of the contrast
+        products = 12 * len(self.modalities) if len(self.modalities) > 1 else 6
+        return float(products * self.n_items**2 * self.item_embedding.shape[1])  # of the contrast
 
     def start_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """Forget the learned graphs: the next training batch builds them."""
@@ -94,7 +97,7 @@ class MICRO(ItemGraphBackbone):
         """Full tables; ``parts`` are h and z_m of the joint view."""
         users, items = self.collaborative(self.user_embedding, self.item_embedding)
         states = self.states(views)
-        scores = {key: self.query(z) for key, z in states.items()}  # (n_items, 1), or (1, 1) where absent
+        scores = {key: self.query(z) for key, z in states.items()} if len(self.modalities) > 1 else {}  # (n_items, 1), or (1, 1) where absent
         tables, parts = {}, {}
         for view in views:
             h = self._fused(view, states, scores)
@@ -104,9 +107,12 @@ class MICRO(ItemGraphBackbone):
         return Pass(tables, parts)
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
-        """BPR, L2, and every modality's content against the fused one, over all items."""
-        h = batch.parts["fused"]
-        contrasts = [catalogue_contrast(batch.parts[f"content_{m}"], h, self.temperature) for m in self.modalities]
+        """BPR, L2, and every modality's content against the fused one, over all items that have it."""
+        contrasts = []
+        for m in self.modalities:
+            z = self.having(m, batch.parts[f"content_{m}"])
+            h = self.having(m, batch.parts["fused"]) if len(self.modalities) > 1 else z  # one tensor is half the work
+            contrasts.append(catalogue_contrast(z, h, self.temperature))
         return {**super().losses(batch), "contrastive": self.contrastive_weight * torch.stack(contrasts).sum()}
 
     def states(self, views: Sequence[View]) -> dict[tuple[str, bool], Tensor]:
@@ -116,7 +122,7 @@ class MICRO(ItemGraphBackbone):
         for m, graph in self.item_graphs(present).items():
             z: Tensor = self.item_embedding
             for _ in range(self.n_item_layers):
-                z = self.spread(m, graph @ z, z)
+                z = self.spread(m, graph @ z, self.item_embedding)
             states[m, True] = z
         mean = self.item_embedding.mean(0, keepdim=True)
         states.update({(m, False): mean for m in self.modalities if any(m not in view for view in views)})
@@ -139,7 +145,10 @@ class MICRO(ItemGraphBackbone):
         return union([learned.scaled(1 - self.frozen_share), self.frozen(modality).scaled(self.frozen_share)])
 
     def _fused(self, view: View, states: Mapping[tuple[str, bool], Tensor], scores: Mapping[tuple[str, bool], Tensor]) -> Tensor:
-        """h, ``(n_items, d)``."""
+        """h, ``(n_items, d)``; a single modality's is its z."""
+        if len(self.modalities) == 1:
+            (m,) = self.modalities
+            return states[m, m in view].expand(self.n_items, -1)
         logits = torch.cat([scores[m, m in view].expand(self.n_items, 1) for m in self.modalities], 1)  # (n_items, n_modalities)
         shares = logits.softmax(1).split(1, dim=1)
         return total(a * states[m, m in view] for m, a in zip(self.modalities, shares, strict=True))

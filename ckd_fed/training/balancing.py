@@ -138,15 +138,18 @@ class ModalityDropout(Balancing):
 
 
 def own_parameters(backbone: Backbone) -> dict[str, list[Tensor]]:
-    """Modality -> the parameters that are its own: those with its name as a part of theirs (``projection.text.weight``).
+    """Modality -> the parameters that are its own: those with its name, and no other's, as a part of theirs (``projection.text.weight``).
+
+    What lies between two modalities (EgoGCN's ``gate.image.text.weight``) is neither's.
 
     Raises:
         ConfigError: a modality has none.
     """
     found: dict[str, list[Tensor]] = {m: [] for m in backbone.modalities}
     for name, parameter in backbone.named_parameters():
-        for m in set(name.split(".")) & set(found):
-            found[m].append(parameter)
+        named = set(name.split(".")) & set(found)
+        if len(named) == 1:
+            found[named.pop()].append(parameter)
     for m, parameters in found.items():
         if not parameters:
             raise ConfigError(f"balancing.method is 'gradient-modulation', but {type(backbone).__name__} has no parameters of modality {m!r} alone")

@@ -30,10 +30,10 @@ def name(request):
 def build(name, random_interactions, random_features):
     """The backbone, small and in float64."""
 
-    def make(n_modalities=2, *, seed=0, features=None, dtype=torch.float64, **options):
+    def make(n_modalities=2, *, seed=0, features=None, masks=None, dtype=torch.float64, **options):
         train = random_interactions(N_USERS, N_ITEMS)
         features = random_features(N_ITEMS, n_modalities) if features is None else features
-        return build_backbone(name, train, features, {"embedding_dim": 4, "l2": 1e-2, **options}, seed=seed, dtype=dtype)
+        return build_backbone(name, train, features, {"embedding_dim": 4, "l2": 1e-2, **options}, seed=seed, masks=masks, dtype=dtype)
 
     return make
 
@@ -214,6 +214,36 @@ def test_gradients_reach_every_parameter(build, name, n_modalities):
     if n_modalities == 1:  # with nothing to be weighed against, weights between modalities have no effect
         missed = {key for key in missed if not key.startswith(BETWEEN_MODALITIES.get(name, ()))}
     assert not missed
+
+
+@pytest.mark.parametrize("n_modalities", [1, 2])
+def test_a_drift_of_an_item_that_lacks_the_modality_is_neither_trained_nor_read(build, n_modalities):
+    present = np.arange(N_ITEMS) % 3 != 1
+    one, two = (begin(build(n_modalities, masks={"image": present})) for _ in range(2))
+    if not hasattr(one, "drift"):
+        pytest.skip("features are constants of this backbone")
+    with torch.no_grad():
+        two.drift["image"][~present] = 3.0
+    outputs = [model.step(random_triples(50, 1), all_views(model), random_triples(30, 2), all_views(model)) for model in (one, two)]
+    for key, term in outputs[0].loss_terms.items():
+        assert torch.equal(term, outputs[1].loss_terms[key]), key
+    for view in all_views(one):
+        assert torch.equal(outputs[0].distillation[view], outputs[1].distillation[view])
+    sum((*outputs[0].loss_terms.values(), *(margin.square().sum() for margin in outputs[0].distillation.values()))).backward()
+    assert not one.drift["image"].grad[~present].any()
+    assert one.drift["image"].grad[present].any()
+
+
+def test_a_batch_of_items_that_lack_the_modality(build):
+    """Terms that have nothing to be taken over are 0."""
+    present = np.arange(N_ITEMS) % 3 != 1
+    backbone = begin(build(2, masks={"image": present}))
+    lacking = torch.from_numpy(np.flatnonzero(~present))
+    output = backbone.step(Triples(torch.tensor([0, 1, 2]), lacking[:3], lacking[1:4]), [backbone.only("image")])
+    total = sum(output.loss_terms.values())
+    total.backward()
+    assert total.isfinite()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in backbone.parameters())
 
 
 def test_an_epoch_repeats_bit_for_bit(build):

@@ -1,12 +1,13 @@
 """What only BM3 promises: scores without features, a loss without negatives, dropout of the targets, drift instead of features."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from ckd_fed.backbones.base import Triples
+from ckd_fed.backbones.base import Backbone, Triples
 from ckd_fed.backbones.build import build_backbone
 from ckd_fed.errors import ConfigError
 
@@ -20,9 +21,9 @@ def train(random_interactions):
 
 @pytest.fixture
 def build(train, random_features):
-    def make(n_modalities=2, **options):
+    def make(n_modalities=2, masks=None, **options):
         features = random_features(N_ITEMS, n_modalities)
-        return build_backbone("bm3", train, features, {"embedding_dim": 4, **options}, seed=0, dtype=torch.float64)
+        return build_backbone("bm3", train, features, {"embedding_dim": 4, **options}, seed=0, masks=masks, dtype=torch.float64)
 
     return make
 
@@ -36,9 +37,10 @@ def unlike(one, two):
     return 1 - ((one * two).sum(1) / one.norm(dim=1) / two.norm(dim=1)).mean()
 
 
+@pytest.mark.parametrize("masks", [None, {"image": np.arange(N_ITEMS) != 1}], ids=["complete", "lacking"])
 @pytest.mark.parametrize("n_modalities", [1, 3])
-def test_loss_by_hand(build, train, random_features, triples, n_modalities):
-    model = build(n_modalities, dropout=0.0, n_layers=2, l2=0.1)
+def test_loss_by_hand(build, train, random_features, triples, n_modalities, masks):
+    model = build(n_modalities, masks=masks, dropout=0.0, n_layers=2, l2=0.1)
     with torch.no_grad():
         model.drift["image"].normal_()
     state = model.state_dict()
@@ -60,8 +62,9 @@ def test_loss_by_hand(build, train, random_features, triples, n_modalities):
     torch.testing.assert_close(terms["reconstruction"], expected)
     expected = 0
     for m, matrix in random_features(N_ITEMS, n_modalities).items():
-        f = linear(f"projection.{m}", torch.from_numpy(matrix) + state[f"drift.{m}"])[i]
-        expected += 2 * (unlike(linear("predictor", f), items[i]) + unlike(linear("predictor", f), f))
+        having = i if masks is None or m not in masks else i[i != 1]
+        f = linear(f"projection.{m}", torch.from_numpy(matrix) + state[f"drift.{m}"])[having]
+        expected += 2 * (unlike(linear("predictor", f), items[having]) + unlike(linear("predictor", f), f))
     torch.testing.assert_close(terms["alignment"], expected)
     torch.testing.assert_close(terms["l2"], 0.1 * (users.norm() + items.norm()) / N_ITEMS)
     for table, ours in zip((users, items), model.embed([model.joint])[model.joint], strict=True):
@@ -81,6 +84,25 @@ def test_views_are_one_and_the_same(build, triples):
     output = model.step(triples, views, triples, views[1:])
     assert all(torch.equal(output.ranking[view], output.ranking[model.joint]) for view in views)
     assert set(output.distillation) == set(views[1:])
+
+
+def test_a_step_is_that_of_whole_tables_and_predicts_the_rows_of_its_batches_alone(build, triples):
+    model, few = build(dropout=0.0), Triples(torch.tensor([2, 2]), torch.tensor([3, 0]), torch.tensor([3, 4]))
+    views, predicted = [model.joint, model.only("image")], []
+    model.predictor.register_forward_hook(lambda _module, entering, _output: predicted.append(len(entering[0])))
+
+    def numbers(step):
+        model.zero_grad()
+        output = step(triples, views, few, views)
+        margins = [output.ranking[model.joint], output.distillation[model.joint]]
+        (sum(output.loss_terms.values()) + sum(margin.tanh().sum() for margin in margins)).backward()
+        return {**output.loss_terms, **dict(enumerate(margins)), **{key: parameter.grad for key, parameter in model.named_parameters()}}
+
+    ours, rows, theirs = numbers(model.step), predicted[:2], numbers(partial(Backbone.step, model))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-10, atol=1e-13, msg=key)
+    assert rows == [4 + 2, 2 * 4]  # users of both batches, items of the ranking batch
 
 
 def test_targets_pass_no_gradient(build, triples):

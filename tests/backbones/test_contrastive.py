@@ -38,11 +38,18 @@ def test_catalogue_contrast_and_its_gradient(pair, monkeypatch, rows, temperatur
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-def test_catalogue_contrast_with_itself(pair):
+@pytest.mark.parametrize("rows", [1, 4, 5, N, 100])
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
+def test_catalogue_contrast_with_itself(pair, monkeypatch, rows, temperature):
     """A teacher's case: both are one tensor, and its gradient is the sum of both sides."""
+    monkeypatch.setattr(contrastive, "_BLOCK", rows * N)
     a = pair[0]
-    expected = torch.autograd.grad(catalogue_by_hand(a, a, 0.5), a)[0]
-    torch.testing.assert_close(torch.autograd.grad(catalogue_contrast(a, a, 0.5), a)[0], expected, rtol=1e-10, atol=1e-13)
+    found, expected = (loss(a, a, temperature) for loss in (catalogue_contrast, catalogue_by_hand))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    expected = torch.autograd.grad(3 * expected, a)[0]
+    torch.testing.assert_close(torch.autograd.grad(3 * found, a)[0], expected, rtol=1e-10, atol=1e-13)
+    with torch.no_grad():
+        assert torch.equal(catalogue_contrast(a, a, temperature), found)
 
 
 def test_the_lowest_temperature_neither_overflows_nor_underflows(pair):
@@ -55,8 +62,9 @@ def test_the_lowest_temperature_neither_overflows_nor_underflows(pair):
     torch.testing.assert_close(loss, catalogue_by_hand(*pair, 0.02).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_memory_is_linear_in_the_items(monkeypatch):
-    """No matrix that is formed has more entries than a block, whatever the number of items."""
+@pytest.mark.parametrize("tables", [1, 2])
+def test_memory_is_linear_in_the_items(monkeypatch, tables):
+    """No matrix that is formed has more entries than a block, whatever the number of items; one table has half the work of two."""
     sizes = []
     plain = torch.Tensor.__matmul__
 
@@ -67,9 +75,10 @@ def test_memory_is_linear_in_the_items(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     monkeypatch.setattr(contrastive, "_BLOCK", 4000)
-    catalogue_contrast(torch.randn(500, 3), torch.randn(500, 3), 0.5)
+    a = torch.randn(500, 3)
+    catalogue_contrast(a, a if tables == 1 else torch.randn(500, 3), 0.5)
     assert max(sizes) <= 4000
-    assert len(sizes) == 2 * 500 / 4
+    assert sum(sizes) == tables * 500 * 500 + 500 * 4
 
 
 def test_without_gradient(pair):

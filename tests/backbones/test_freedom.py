@@ -64,9 +64,12 @@ def test_mixing_weights():
     assert mixing_weights(["text"], 0.1) == {"text": 1.0}
 
 
-def test_losses_are_those_written_out(build):
-    model = build(modality_weight=0.2, l2=0.0)
-    triples = Triples(*(torch.from_numpy(np.random.default_rng(0).integers(bound, size=40)) for bound in (N_USERS, N_ITEMS, N_ITEMS)))
+@pytest.mark.parametrize("masks", [None, LACKING], ids=["complete", "lacking"])
+def test_losses_are_those_written_out(build, masks):
+    """A modality's own over the triples of which both items have it."""
+    model = build(masks=masks, modality_weight=0.2, l2=0.0)
+    rng = np.random.default_rng(0)
+    triples = Triples(*(torch.from_numpy(rng.integers(bound, size=40)) for bound in (N_USERS, N_ITEMS, N_ITEMS)))
     few = Triples(*(index[:5] for index in triples))
     with torch.no_grad():
         for drift in model.drift.values():
@@ -78,6 +81,8 @@ def test_losses_are_those_written_out(build):
         for m in model.modalities:
             f = model.projection[m](model.features(m) + model.drift[m])
             gap = (users * f[batch.first]).sum(1) - (users * f[batch.second]).sum(1)
+            has = torch.ones(N_ITEMS, dtype=torch.bool) if model.present(m) is None else model.present(m)
+            gap = gap[has[batch.first] & has[batch.second]]
             torch.testing.assert_close(terms[f"bpr_{m}"], 0.2 * -gap.sigmoid().log().mean())
     assert set(build(1).step(few).loss_terms) == {"bpr", "bpr_image"}
     assert "l2" in build(1, l2=0.1).step(few).loss_terms

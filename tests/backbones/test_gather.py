@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ckd_fed.backbones.base import Triples
-from ckd_fed.backbones.gather import Gather, differences, gather_rows, margin
+from ckd_fed.backbones.gather import Gather, compacted, differences, gather_rows, margin
 
 
 @pytest.fixture
@@ -69,3 +69,10 @@ def test_differences_need_no_gradient(generator):
     table = torch.randn(5, 4, generator=generator, requires_grad=True)
     assert not differences(table, (torch.tensor([0]), torch.tensor([1]))).requires_grad
     assert torch.equal(F.embedding(torch.tensor([3]), table) - table[2], differences(table, (torch.tensor([3]), torch.tensor([2]))))
+
+
+def test_compacted_indices_are_positions_among_the_distinct_ones():
+    rows, (one, two) = compacted(9, [torch.tensor([7, 2, 7]), torch.tensor([[0, 2], [8, 0]])])
+    assert rows.tolist() == [0, 2, 7, 8]
+    assert one.tolist() == [2, 1, 2]
+    assert two.tolist() == [[0, 1], [3, 0]]

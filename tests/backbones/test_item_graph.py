@@ -6,6 +6,7 @@ import torch
 from dense_graphs import nearest as nearest_of_those
 
 from ckd_fed.backbones import item_graph
+from ckd_fed.backbones.build import build_backbone
 from ckd_fed.backbones.item_graph import Neighbours, frozen_nearest, nearest, normalise, union
 from ckd_fed.errors import ConfigError
 
@@ -146,3 +147,18 @@ def test_items_that_are_not_there_are_nobodys_neighbours(k):
     assert frozen_nearest(x, k, present) is frozen_nearest(x, k, present.clone())
     assert frozen_nearest(x, k, present) is not frozen_nearest(x, k)
     assert dense(frozen_nearest(x, k, present)).equal(dense(graph))
+
+
+@pytest.mark.parametrize(("name", "layers"), [("freedom", 1), ("micro", 1), ("micro", 2), ("mgcn", 1), ("mgcn", 2)])
+def test_an_item_that_lacks_a_modality_is_as_in_the_view_without_it(name, layers, random_interactions, random_features):
+    """Also once features have drifted; of the others each differs."""
+    present = np.arange(N) % 3 != 1
+    options = {"embedding_dim": 4, "neighbours": 3, "n_item_layers": layers}
+    model = build_backbone(name, random_interactions(9, N), random_features(N, 3), options, seed=0, masks={"text": present}, dtype=torch.float64)
+    with torch.no_grad():
+        for drift in model.drift.values():
+            drift.copy_(draw(*drift.shape))
+    tables = model.eval().embed([model.joint, model.without("text")])
+    joint, without = (tables[view].items for view in (model.joint, model.without("text")))
+    torch.testing.assert_close(joint[~present], without[~present], rtol=1e-12, atol=1e-14)
+    assert ((joint - without).abs().amax(1) > 1e-6)[present].all()

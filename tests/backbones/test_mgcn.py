@@ -1,11 +1,13 @@
 """What only MGCN promises: gated content on both sides in any view, and its contrast within a batch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from dense_graphs import nearest, spread, sym
+from dense_graphs import nearest, sym
 
-from ckd_fed.backbones.base import Triples
+from ckd_fed.backbones.base import Backbone, Triples
 from ckd_fed.backbones.build import build_backbone
 from ckd_fed.backbones.contrastive import info_nce
 from ckd_fed.backbones.graph import symmetric_normalised_adjacency
@@ -14,6 +16,8 @@ from ckd_fed.errors import ConfigError
 N_USERS, N_ITEMS, K = 9, 15, 4
 # Items that lack a modality, which no published code knows; the other modalities are complete.
 LACKING = {"text": np.arange(N_ITEMS) % 3 != 1}
+
+TABLES = (("users",), ("first", "second"))  # what of triples indexes users, and what items
 
 
 @pytest.fixture
@@ -43,10 +47,11 @@ def by_hand(model, train, present):
     contents = []
     for m in model.modalities:
         features = model.features(m) + model.drift[m]
-        graph = spread(sym(nearest(model.features(m), K, model.present(m))), 1 / N_ITEMS, model.present(m))
-        if m not in present:
-            features, graph = features.mean(0).expand_as(features), torch.full_like(graph, 1 / N_ITEMS)
-        x = graph @ graph @ (model.item_embedding * torch.sigmoid(model.gate[m](model.projection[m](features))))
+        has = torch.ones(N_ITEMS, dtype=torch.bool) if model.present(m) is None else model.present(m)
+        absent = model.item_embedding.mean(0) * torch.sigmoid(model.gate[m](model.projection[m](features[has].mean(0))))
+        x = model.item_embedding * torch.sigmoid(model.gate[m](model.projection[m](features)))
+        for _ in range(2):
+            x = torch.where((has & (m in present)).unsqueeze(1), sym(nearest(model.features(m), K, has)) @ x, absent)
         contents.append(torch.cat([adjacency[:N_USERS, N_USERS:] @ x, x]))
     scores = torch.stack([model.query[2](torch.tanh(model.query[0](z))) for z in contents])
     common = (scores.softmax(0) * torch.stack(contents)).sum(0)
@@ -86,10 +91,36 @@ def test_losses_are_those_written_out(build, train):
     torch.testing.assert_close(terms["contrastive"], expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("masks", [None, LACKING], ids=["complete", "lacking"])
+@pytest.mark.parametrize("n_modalities", [1, 2, 3])
+def test_a_step_is_that_of_whole_tables_and_computes_the_rows_of_its_batches_alone(build, n_modalities, masks):
+    model, ranking, distillation = build(n_modalities, masks=masks), triples(4), Triples(*torch.tensor([[0, 0, 5], [1, 2, 3], [3, 2, 9]]))
+    views = [model.joint, *map(model.only, model.modalities), *map(model.without, model.modalities)]
+    gated = []
+    for gate in model.preference_gate.values():
+        gate.register_forward_hook(lambda _module, entering, _output: gated.append(len(entering[0])))
+
+    def numbers(step):
+        model.zero_grad()
+        output = step(ranking, views, distillation, views)
+        margins = [*output.ranking.values(), *output.distillation.values()]
+        (sum(output.loss_terms.values()) + sum(margin.tanh().sum() * (1 + n) for n, margin in enumerate(margins))).backward()
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+        return {**output.loss_terms, **dict(enumerate(margins)), **gradients}
+
+    ours, rows, theirs = numbers(model.step), list(gated), numbers(partial(Backbone.step, model))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-10, atol=1e-13, msg=key)
+    users, items = ({*torch.cat([getattr(batch, name) for batch in (ranking, distillation) for name in names]).tolist()} for names in TABLES)
+    assert len(users) < N_USERS
+    assert rows == [len(users) + len(items)] * (n_modalities if n_modalities > 1 else 0)
+
+
 def test_a_teachers_side_is_half_its_content(build, train):
     model = build(1)
     (users, items), behaviour = model.embed([model.joint])[model.joint], by_hand(model, train, model.joint)[0]
-    content = model._state("image", True)
+    content = model.contents([model.joint])["image", True]
     torch.testing.assert_close(torch.cat([users, items]), behaviour + content / 2, rtol=1e-11, atol=1e-13)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from dense_graphs import nearest, spread, sym
+from dense_graphs import nearest, sym
 from torch.nn.functional import normalize
 
 from ckd_fed.backbones import item_graph, micro
@@ -48,13 +48,15 @@ def by_hand(model, train, present):
     mean = (ids + adjacency @ ids + adjacency @ adjacency @ ids) / 3
     z = {}
     for m in model.modalities:
-        graph = torch.full((N_ITEMS, N_ITEMS), 1 / N_ITEMS, dtype=torch.float64)
+        absent = model.item_embedding.mean(0)
+        z[m] = absent.expand(N_ITEMS, -1)
         if m in present:
             features, has = model.features(m), model.present(m)
+            has = torch.ones(N_ITEMS, dtype=torch.bool) if has is None else has
             learned = norm(nearest(model.projection[m](features + model.drift[m]), K, has), model.normalisation)
             frozen = norm(nearest(features, K, has), model.normalisation)
-            graph = spread((1 - model.frozen_share) * learned + model.frozen_share * frozen, 1 / N_ITEMS, has)
-        z[m] = graph @ graph @ model.item_embedding
+            graph = (1 - model.frozen_share) * learned + model.frozen_share * frozen
+            z[m] = torch.where(has.unsqueeze(1), graph @ torch.where(has.unsqueeze(1), graph @ model.item_embedding, absent), absent)
     scores = torch.stack([model.query[2](torch.tanh(model.query[0](x))) for x in z.values()])
     h = (scores.softmax(0) * torch.stack(list(z.values()))).sum(0)
     return mean[:N_USERS], mean[N_USERS:] + normalize(h), h, z
@@ -88,14 +90,28 @@ def test_tables_and_gradients_of_any_view(build, train, present, kind, masks):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
-def test_the_contrast_is_that_of_every_modality_with_the_fused(build, train):
+@pytest.mark.parametrize("masks", [None, LACKING], ids=["complete", "lacking"])
+def test_the_contrast_is_that_of_every_modality_with_the_fused(build, train, masks):
+    """Over the items that have the modality."""
     for n_modalities in (1, 3):
-        model = build(n_modalities, n_item_layers=2, contrastive_weight=0.5, temperature=0.7)
+        model = build(n_modalities, masks=masks, n_item_layers=2, contrastive_weight=0.5, temperature=0.7)
         terms = model.step(triples(), [model.only("image")]).loss_terms
         assert set(terms) == {"bpr", "l2", "contrastive"}
         _, _, h, z = by_hand(model, train, model.joint)
-        expected = 0.5 * sum(catalogue_contrast(x, h, 0.7) for x in z.values())
+        having = {m: slice(None) if model.present(m) is None else model.present(m) for m in z}
+        expected = 0.5 * sum(catalogue_contrast(x[having[m]], h[having[m]], 0.7) for m, x in z.items())
         torch.testing.assert_close(terms["contrastive"], expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("masks", [None, {"image": LACKING["text"]}], ids=["complete", "lacking"])
+def test_a_teachers_contrast_is_of_one_tensor(build, monkeypatch, masks):
+    pairs = []
+    monkeypatch.setattr(micro, "catalogue_contrast", lambda a, b, _: pairs.append((a, b)) or catalogue_contrast(a, b, 0.5))
+    model = build(1, masks=masks)
+    model.step(triples())
+    (one, two), done = pairs[0], model([model.joint]).parts
+    assert one is two
+    assert torch.equal(done["fused"], done["content_image"])
 
 
 def test_the_learned_graphs_are_built_once_an_epoch(build, monkeypatch):

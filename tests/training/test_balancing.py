@@ -62,6 +62,15 @@ def test_the_modality_ahead_goes_its_kth_part_and_all_else_goes_all(name, n_moda
         torch.testing.assert_close(change, -factor * gradients[parameter])
 
 
+def test_what_lies_between_two_modalities_is_neithers_own(make_backbone):
+    backbone = make_backbone("egogcn", 3)
+    names = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    own = {m: {names[id(parameter)] for parameter in parameters} for m, parameters in own_parameters(backbone).items()}
+    assert any(name.startswith("gate.") for name in names.values())
+    for m, found in own.items():
+        assert found == {f"preference.{m}", f"projection.{m}.weight", f"projection.{m}.bias"}
+
+
 def test_noise_has_the_gradients_deviation_and_spares_what_the_batch_did_not_touch(make_backbone):
     backbone = make_backbone()
     moved, gradients = one_step(backbone, GradientModulation(alpha=0.0, noise=True))
