@@ -171,9 +171,7 @@ def _id_list(path: Path, ids: np.ndarray) -> list[str]:
 
 def _pick(path: Path, names: Sequence[str], shapes: Mapping[str, int], id_column: str) -> tuple[str, str | None]:
     """Name of the matrix and of the ids among named arrays; ``shapes`` gives their numbers of axes."""
-    ids = id_column or next((name for name in names if name.lower() in ID_NAMES), None)
-    if ids is not None and ids not in names:
-        raise DataError(f"{path} has no {ids!r} (it has: {', '.join(names)})")
+    ids = find_column(path, names, id_column, ID_NAMES, "id", needed=False)
     others = [name for name in names if name != ids]
     matrices = [name for name in others if name.lower() in _ARRAYS] or [name for name in others if shapes[name] == 2]
     if len(matrices) != 1:
@@ -203,6 +201,8 @@ def _read_safetensors(path: Path, id_column: str) -> Vectors:
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is no readable .safetensors file: {' '.join(str(error).split())[:100]}") from None
     features, ids = _pick(path, list(arrays), {name: array.ndim for name, array in arrays.items()}, id_column)
+    if ids and listed is not None and not id_column:
+        raise DataError(f"{path} has ids in the tensor {ids!r} and in its metadata; say --id-column {ids} if the tensor's are meant")
     if ids:
         return Vectors(path, _id_list(path, arrays[ids]), arrays[features])
     if listed is None:

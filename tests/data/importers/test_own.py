@@ -198,6 +198,30 @@ def test_an_id_twice(own, problem, bring, refuses, same):
     refuses(DataError, lambda: bring(own), "text.npz", "sku-03", "rows 4 and 15")
 
 
+@pytest.mark.parametrize("ending", [".csv", ".npz", ".safetensors", ".parquet"])
+def test_of_several_ids_none_is_chosen_by_luck(own, problem, bring, refuses, ending):
+    (own / "image.parquet").unlink()
+    path, rows, matrix = own / f"image{ending}", np.arange(14), problem[1]["image"]
+    if ending == ".csv":
+        np.savetxt(path, np.column_stack([rows, rows[::-1], matrix]), delimiter=",", header="id,item_id,a,b,c,d", comments="")
+    elif ending == ".npz":
+        np.savez(path, id=rows, item_id=rows[::-1], features=matrix)
+    elif ending == ".safetensors":
+        save_file({"id": rows, "item_id": rows[::-1].copy(), "features": matrix}, path)
+    else:
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"id": rows, "item_id": rows[::-1], "vector": matrix.tolist()}), path)
+    refuses(DataError, lambda: bring(own), path, "2 columns that could be the id (id, item_id)", "--id-column")
+
+
+def test_ids_in_a_tensor_and_in_the_metadata(own, problem, bring, refuses):
+    (own / "image.parquet").unlink()
+    save_file({"ids": np.arange(14), "features": problem[1]["image"]}, own / "image.safetensors", metadata={"ids": json.dumps(NAMES)})
+    refuses(DataError, lambda: bring(own), "image.safetensors", "in the tensor 'ids' and in its metadata", "--id-column ids")
+
+
 def test_features_that_are_refused(own, problem, bring, refuses):
     matrix = problem[1]["text"]
     np.savez(own / "text.npz", ids=NAMES[:-1], features=matrix)
