@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,10 @@ class Dataset:
 
     def feature_fingerprints(self) -> dict[str, str]:
         """Modality -> sha256 of its features, and where it has one of its mask: equal on two nodes exactly if they hold the same."""
+        return dict(self._feature_fingerprints)
+
+    @cached_property
+    def _feature_fingerprints(self) -> dict[str, str]:
         found = {m: features_fingerprint(matrix) for m, matrix in self.features.items()}
         return {m: f"{whole}+{hashlib.sha256(self.masks[m].tobytes()).hexdigest()}" if m in self.masks else whole for m, whole in found.items()}
 

@@ -15,7 +15,6 @@ from ckd_fed.backbones.build import backbone_class
 from ckd_fed.checkpoint import to_arrays
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset
-from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import open_dataset, standin_notice
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
@@ -55,7 +54,7 @@ def train(
         "modalities": list(dataset.modalities),
         "split": dataset.fingerprint,
         "standin": dataset.standin,
-        "features": {m: features_fingerprint(matrix) for m, matrix in dataset.features.items()},
+        "features": dataset.feature_fingerprints(),
         "code": code_version(),
     }
     record = Record(home(config) / "runs" / run_name(config), config, [*wandb_mirror(config, facts, write), *mirrors], write)
