@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ckd_fed.data.splits import TIMED
 from ckd_fed.errors import DataError, unknown
 
 TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".inter")
@@ -201,7 +202,7 @@ class InteractionTable:
 
 
 def read_interactions(
-    path: Path, *, user_column: str = "", item_column: str = "", time_column: str = "", split_column: str = "", rule_given: bool = False
+    path: Path, *, user_column: str = "", item_column: str = "", time_column: str = "", split_column: str = "", rule: str = ""
 ) -> InteractionTable:
     """Read a table of interactions.
 
@@ -210,16 +211,21 @@ def read_interactions(
     Args:
         path: the file.
         user_column, item_column, time_column, split_column: names; by default those usual in the field.
-        rule_given: a split rule was asked for, so a column that merely looks like a split is not used.
+        rule: the split rule that was asked for, if any; then a column that merely looks like a split is not used.
 
     Raises:
-        DataError: a column is missing or holds something else, or one pair is in two parts.
+        DataError: a column is missing (one of times too, where the rule needs them) or holds something else, or one pair is in two parts.
     """
     names = header(path)
     user = find_column(path, names, user_column, USER_NAMES, "user")
     item = find_column(path, names, item_column, ITEM_NAMES, "item")
     time = find_column(path, names, time_column, TIME_NAMES, "time", needed=False)
-    part = None if rule_given and not split_column else find_column(path, names, split_column, SPLIT_NAMES, "split", needed=False)
+    if time is None and rule in TIMED:
+        raise DataError(
+            f"{path} has no time column, which the split rule {rule} needs; name it with --time-column (columns: {', '.join(names)[:200]}), "
+            "or choose --split random"
+        )
+    part = None if rule and not split_column else find_column(path, names, split_column, SPLIT_NAMES, "split", needed=False)
     assert user is not None
     assert item is not None
     if user == item:

@@ -150,6 +150,14 @@ def test_a_rule_goes_before_a_column_that_looks_like_a_split(own, bring, refuses
     refuses(DataError, lambda: bring(own, rule="randm"), "did you mean 'random'")
 
 
+@pytest.mark.parametrize("rule", ["leave-one-out", "temporal"])
+def test_a_rule_that_goes_by_time_needs_a_time_column(own, bring, refuses, rule):
+    (own / "clicks.csv").write_text((own / "clicks.csv").read_text().replace("timestamp", "when"))
+    refuses(DataError, lambda: bring(own, rule=rule), "clicks.csv", rule, "--time-column", "user_id, item_id, when, split")
+    dataset = bring(own, rule=rule, time_column="when")
+    assert json.loads((dataset.directory / "manifest.json").read_text())["split"]["rule"] == rule
+
+
 def test_repeated_rows_keep_the_earliest_time(tmp_path, bring):
     rows = [("a", "x", 9), ("a", "y", 2), ("a", "z", 3), ("b", "x", 1), ("b", "y", 2), ("b", "z", 3), ("a", "x", 1)]
     (tmp_path / "log.csv").write_text("user,item,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
