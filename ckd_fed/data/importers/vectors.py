@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ckd_fed.errors import DataError
 
 ID_NAMES = ("item", "item_id", "itemid", "iid", "asin", "id", "ids", "item_ids")
 _ARRAYS = ("features", "feature", "feat", "embeddings", "embedding", "vectors", "x")
+_INDEX = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # what pandas calls an index without a name, in CSV and in parquet
 ENDINGS = (".npy", ".npz", ".safetensors", ".parquet", *TEXT_ENDINGS)
 
 
@@ -27,11 +29,13 @@ class Vectors:
         path: the file.
         ids: of the items, one a row; None if the file has none and rows are to be taken for ids.
         matrix: shape ``(rows, dimension)``, floats; NaN in a whole row where an item has no vector.
+        notes: what was left out on reading, in words.
     """
 
     path: Path
     ids: list[str] | None
     matrix: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 def sidecar(path: Path) -> Path | None:
@@ -74,7 +78,7 @@ def read_vectors(path: Path, id_column: str = "") -> Vectors:
         raise DataError(f"{path} has shape {matrix.shape} and dtype {matrix.dtype}; a matrix of numbers with one row an item is needed")
     if vectors.ids is not None and len(vectors.ids) != len(matrix):
         raise DataError(f"{path} has {len(matrix):,} rows but {len(vectors.ids):,} ids; one id a row is needed")
-    return vectors if matrix.dtype.kind == "f" else Vectors(path, vectors.ids, matrix.astype(np.float32))
+    return vectors if matrix.dtype.kind == "f" else replace(vectors, matrix=matrix.astype(np.float32))
 
 
 def align(vectors: Vectors, item_ids: Sequence[str], rows_are_ids: bool = False) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -129,7 +133,7 @@ def align(vectors: Vectors, item_ids: Sequence[str], rows_are_ids: bool = False)
     mask = there & ~empty
     if not mask.any():
         raise DataError(f"{vectors.path} has no vector for any item of the interactions: all of them are empty")
-    notes = []
+    notes = list(vectors.notes)
     name = vectors.path.name
     if not there.all():
         notes.append(
@@ -216,29 +220,38 @@ def _read_safetensors(path: Path, id_column: str) -> Vectors:
     return Vectors(path, [id_text(path, "id", row, name) for row, name in enumerate(names, 1)], arrays[features])
 
 
+def _columns(path: Path, names: Sequence[str], id_column: str) -> tuple[int, list[int], tuple[str, ...]]:
+    """Positions of the ids and of the vector's columns in a table, and notes: an index that pandas wrote beside them is no feature."""
+    ids = names.index(str(find_column(path, names, id_column, ID_NAMES, "id")))
+    others = [k for k in range(len(names)) if k != ids]
+    index = [k for k in others if _INDEX.fullmatch(names[k])]
+    if len(others) == len(index):
+        raise DataError(f"{path} has no column but the ids")
+    notes = tuple(f"{path.name}: the column {names[k]!r} is an index that pandas wrote and was left out" for k in index)
+    return ids, [k for k in others if k not in index], notes
+
+
 def _read_parquet(path: Path, id_column: str) -> Vectors:
     import pyarrow
 
     names = header(path)
-    column = find_column(path, names, id_column, ID_NAMES, "id")
+    at, keep, notes = _columns(path, names, id_column)
     try:
         table = open_parquet(path).read()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())[:120]}") from None
-    ids = [id_text(path, str(column), row, value) for row, value in enumerate(table[column].to_pylist(), 1)]
-    others = [name for name in names if name != column]
+    ids = [id_text(path, names[at], row, value) for row, value in enumerate(table[names[at]].to_pylist(), 1)]
+    others = [names[k] for k in keep]
     kinds = pyarrow.types
     if len(others) == 1 and any(test(table.schema.field(others[0]).type) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)):
-        return Vectors(path, ids, _stack(path, ids, table[others[0]].to_pylist()))
-    if not others:
-        raise DataError(f"{path} has no column but the ids")
+        return Vectors(path, ids, _stack(path, ids, table[others[0]].to_pylist()), notes)
     columns = []
     for name in others:
         kind = table.schema.field(name).type
         if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)):
             raise DataError(f"{path}: the column {name!r} holds {kind}; numbers are needed in all columns but the ids, or one column of lists")
         columns.append(table[name].to_numpy())
-    return Vectors(path, ids, np.stack(columns, axis=1).astype(np.float64 if any(c.dtype == np.float64 for c in columns) else np.float32))
+    return Vectors(path, ids, np.stack(columns, axis=1).astype(np.float64 if any(c.dtype == np.float64 for c in columns) else np.float32), notes)
 
 
 def _stack(path: Path, ids: list[str], rows: list[list[float] | None]) -> np.ndarray:
@@ -258,18 +271,15 @@ def _stack(path: Path, ids: list[str], rows: list[list[float] | None]) -> np.nda
 
 def _read_text(path: Path, id_column: str) -> Vectors:
     names = header(path)
-    column = find_column(path, names, id_column, ID_NAMES, "id")
-    at = names.index(str(column))
-    if len(names) < 2:
-        raise DataError(f"{path} has no column but the ids")
+    at, keep, notes = _columns(path, names, id_column)
     rows = text_rows(path)
     next(rows)
     ids: list[str] = []
     blocks: list[np.ndarray] = []
-    for line, row in rows:
-        name = row.pop(at).strip()
+    for line, cells in rows:
+        name, row = cells[at].strip(), [cells[k] for k in keep]
         if not name:
-            raise DataError(f"{path}, line {line}: {column} is empty")
+            raise DataError(f"{path}, line {line}: {names[at]} is empty")
         ids.append(name)
         if not any(cell.strip() for cell in row):
             blocks.append(np.full(len(row), np.nan, dtype=np.float32))
@@ -278,11 +288,10 @@ def _read_text(path: Path, id_column: str) -> Vectors:
             blocks.append(np.array(row, dtype=np.float64).astype(np.float32))
         except ValueError:
             wrong = next(k for k, cell in enumerate(row) if not _is_number(cell))
-            others = [name for name in names if name != column]
-            raise DataError(f"{path}, line {line}: {others[wrong]} is {row[wrong][:40]!r}; a number is needed") from None
+            raise DataError(f"{path}, line {line}: {names[keep[wrong]]} is {row[wrong][:40]!r}; a number is needed") from None
     if not blocks:
         raise DataError(f"{path} has a header but no rows")
-    return Vectors(path, ids, np.stack(blocks))
+    return Vectors(path, ids, np.stack(blocks), notes)
 
 
 def _is_number(text: str) -> bool:

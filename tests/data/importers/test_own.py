@@ -82,6 +82,35 @@ def test_missing_items_are_masked_and_extra_ones_dropped(own, problem, bring, en
     assert [note.partition(": ")[2][:15] for note in notes(dataset)] == ["8 of 14 items h", "2 rows belong t"]
 
 
+def test_the_index_that_pandas_writes_is_no_feature(own, problem, bring, same):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = parquet.read_table(own / "image.parquet")
+    parquet.write_table(table.append_column("__index_level_0__", pa.array([f"row {k}" for k in range(14)])), own / "image.parquet")
+    dataset = bring(own)
+    same(dataset)
+    assert notes(dataset) == ["image.parquet: the column '__index_level_0__' is an index that pandas wrote and was left out"]
+    parquet.write_table(
+        pa.table({"id": NAMES, "vector": problem[1]["image"].tolist(), "__index_level_0__": range(14)}),
+        own / "image.parquet",
+    )
+    same(bring(own))
+    (own / "image.parquet").unlink()
+    for name in ("", "Unnamed: 0"):
+        rows = [[k, sku, *vector] for k, (sku, vector) in enumerate(zip(NAMES, problem[1]["image"].tolist(), strict=True))]
+        (own / "image.csv").write_text("\n".join(",".join(map(str, row)) for row in [[name, "item_id", *"abcd"], *rows]))
+        dataset = bring(own)
+        same(dataset)
+        assert notes(dataset) == [f"image.csv: the column {name!r} is an index that pandas wrote and was left out"]
+
+
+def test_a_table_of_nothing_but_ids_and_an_index(own, bring, refuses):
+    (own / "image.parquet").unlink()
+    (own / "image.csv").write_text(",item_id\n" + "".join(f"{k},{name}\n" for k, name in enumerate(NAMES)))
+    refuses(DataError, lambda: bring(own), "image.csv", "no column but the ids")
+
+
 def test_an_empty_vector_is_a_missing_one_but_half_a_vector_is_a_fault(own, problem, bring, refuses):
     (own / "image.parquet").unlink()
     rows = [[name, *row] for name, row in zip(NAMES, problem[1]["image"].tolist(), strict=True)]
