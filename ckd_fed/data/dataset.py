@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,16 @@ class Dataset:
     @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(self.features)
+
+    @cached_property
+    def user_ids(self) -> list[str]:
+        """The source's ids of the users, in order; their numbers as text where the dataset has no ``users.json``."""
+        return _source_ids(self.directory / "users.json", self.n_users)
+
+    @cached_property
+    def item_ids(self) -> list[str]:
+        """The source's ids of the items, in order; their numbers as text where the dataset has no ``items.json``."""
+        return _source_ids(self.directory / "items.json", self.n_items)
 
     @property
     def fingerprint(self) -> str:
@@ -151,6 +162,18 @@ def dense_features(dataset: Dataset, modality: str) -> np.ndarray:
     features = np.array(dataset.features[modality], dtype=np.float32)
     features[~mask] = features[mask].mean(axis=0, dtype=np.float64)
     return features
+
+
+def _source_ids(path: Path, n: int) -> list[str]:
+    if not path.is_file():
+        return [str(k) for k in range(n)]
+    try:
+        ids = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    if not isinstance(ids, list) or len(ids) != n:
+        raise DataError(f"{path} must be a list of {n:,} ids")
+    return [str(name) for name in ids]
 
 
 def _check_contiguous(directory: Path, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], n_users: int) -> None:
