@@ -12,7 +12,7 @@ from ckd_fed.analysis.history import RunHistory, other_data, read_history
 from ckd_fed.config import Config, flatten
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import locate, open_dataset, resolve_for_data
-from ckd_fed.errors import CkdError, ConfigError
+from ckd_fed.errors import ConfigError, DataError
 from ckd_fed.experiments.recipe import Job
 from ckd_fed.home import code_version, home
 from ckd_fed.training.central import train
@@ -33,12 +33,12 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
     """Run what has not finished yet.
 
     Variants of a seed share the teachers that are the same for them. A run that finished with the same configuration on the same data is taken
-    as it is (a note says where other code made it); one that broke off or failed is begun anew, its folder replaced. A run that fails does
-    not keep the others from running.
+    as it is (a note says where other code made it); one that broke off, failed or cannot be read is begun anew, its folder replaced. A run
+    that fails does not keep the others from running.
 
     Args:
         planned: of :func:`~ckd_fed.experiments.recipe.jobs`.
-        done: told of every job as it ends, and how: ``kept``, ``finished`` or ``failed: <reason>``.
+        done: told of every job as it ends, and how: ``kept``, ``finished`` or ``failed: <type>: <reason>``.
         write: prints one line.
 
     Returns:
@@ -69,10 +69,10 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
             shutil.rmtree(directory)
         try:
             train(configs[job], write=lambda line: None, memory=memory)
-        except CkdError as error:
-            done(job, f"failed: {error}")
+            found[job] = read_history(directory)
+        except Exception as error:  # whatever it is, it is this run's own affair
+            done(job, f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
-        found[job] = read_history(directory)
         done(job, "finished")
     return found
 
@@ -83,7 +83,11 @@ def _directory(job: Job, config: Config) -> Path:
 
 def _finished(job: Job, config: Config, opened: _Datasets) -> RunHistory | None:
     directory = _directory(job, config)
-    if not (directory / "metrics.jsonl").is_file() or not (history := read_history(directory)).final:
+    try:
+        history = read_history(directory)
+    except DataError:  # broken off before its first row, or damaged since
+        return None
+    if not history.final:
         return None
     wanted = _relevant(_flat(yaml.safe_load(config.to_yaml())))  # through YAML, as the stored one has gone
     stored = _relevant(history.config)

@@ -129,12 +129,32 @@ def test_a_kept_run_of_other_code_is_told(recipe, trained, monkeypatch):
     assert len(trained) == 4
 
 
-def test_one_failure_does_not_keep_the_others_from_running(recipe, monkeypatch, capsys):
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\n", b'{"event": "start"', None])
+def test_a_run_that_cannot_be_read_is_begun_anew(recipe, trained, tmp_path, content):
+    run(recipe)
+    path = tmp_path / "runs" / trained[1] / "metrics.jsonl"
+    path.unlink() if content is None else path.write_bytes(content)
+    assert len(run(recipe)) == 4
+    assert trained[4:] == [trained[1]]
+    assert read_history(path.parent).state == "finished"
+
+
+def test_an_interruption_ends_the_sweep(recipe, monkeypatch):
+    def train(config, write, memory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+
+
+@pytest.mark.parametrize("error", [TrainingError("loss became nan"), RuntimeError("out of memory\nsee above"), OSError("disk full")])
+def test_one_failure_does_not_keep_the_others_from_running(recipe, monkeypatch, capsys, error):
     real = sweep.train
 
     def train(config, write, memory):
         if config.name.endswith("s1-rho-1"):
-            raise TrainingError("loss became nan")
+            raise error
         return real(config, write, memory=memory)
 
     monkeypatch.setattr(sweep, "train", train)
@@ -142,7 +162,8 @@ def test_one_failure_does_not_keep_the_others_from_running(recipe, monkeypatch, 
     with pytest.raises(SystemExit):
         main(["sweep", str(recipe), "--dataset", "toy", "--seeds", "1,2", "-c", settings])
     shown = capsys.readouterr()
-    assert "1 of 4 runs failed: sweep-mine-toy-vbpr-s1-rho-1 (failed: loss became nan)" in shown.err
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    assert f"1 of 4 runs failed: sweep-mine-toy-vbpr-s1-rho-1 (failed: {reason})" in shown.err
     assert "4/4 sweep-mine-toy-vbpr-s2-rho-1: finished" in shown.out
 
 
