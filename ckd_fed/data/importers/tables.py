@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,13 +139,21 @@ def open_parquet(path: Path) -> Any:
         DataError: pyarrow is not installed, or the file is damaged.
     """
     try:
-        import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise DataError(f"{path}: parquet needs pyarrow; install it with pip install 'ckd_fed[data]', or save the table as CSV") from None
-    try:
+    with parquet_faults(path):
         return parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+
+
+@contextmanager
+def parquet_faults(path: Path) -> Iterator[None]:
+    """What reading a damaged parquet file ends in, as a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())[:120]}") from None
 
 

@@ -8,16 +8,18 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ckd_fed.data.features import open_npy
-from ckd_fed.data.importers.tables import TEXT_ENDINGS, find_column, header, id_text, open_parquet, text_rows
+from ckd_fed.data.importers.tables import TEXT_ENDINGS, find_column, header, id_text, open_parquet, parquet_faults, text_rows
 from ckd_fed.errors import DataError
 
 ID_NAMES = ("item", "item_id", "itemid", "iid", "asin", "id", "ids", "item_ids")
 _ARRAYS = ("features", "feature", "feat", "embeddings", "embedding", "vectors", "x")
 _INDEX = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # what pandas calls an index without a name, in CSV and in parquet
+_BATCH = 1024  # rows of a parquet file at a time
 ENDINGS = (".npy", ".npz", ".safetensors", ".parquet", *TEXT_ENDINGS)
 
 
@@ -232,41 +234,60 @@ def _columns(path: Path, names: Sequence[str], id_column: str) -> tuple[int, lis
 
 
 def _read_parquet(path: Path, id_column: str) -> Vectors:
+    """Batch by batch into one array: a vector as a list of Python floats would take several times its memory."""
     import pyarrow
 
-    names = header(path)
-    at, keep, notes = _columns(path, names, id_column)
+    at, keep, notes = _columns(path, header(path), id_column)
+    file = open_parquet(path)
+    columns, rows, kinds = [file.schema_arrow.field(k) for k in keep], file.metadata.num_rows, pyarrow.types
+    lists = len(columns) == 1 and any(test(columns[0].type) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list))
+    for column in columns:
+        kind = column.type.value_type if lists else column.type
+        if not (kinds.is_integer(kind) or kinds.is_floating(kind)):
+            raise DataError(
+                f"{path}: the column {column.name!r} holds {column.type}; numbers are needed in all columns but the ids, or one column of lists"
+            )
+    dtype = np.float64 if any(column.type == pyarrow.float64() for column in columns) else np.float32
+    ids: list[str] = []
+    matrix = np.empty((0, 0), dtype=dtype)
+    with parquet_faults(path):
+        for batch in file.iter_batches(_BATCH):
+            start = len(ids)
+            ids += [id_text(path, file.schema_arrow.names[at], row, value) for row, value in enumerate(batch.column(at).to_pylist(), start + 1)]
+            if lists:
+                block = _from_lists(path, ids[start:], batch.column(keep[0]), matrix.shape[1])
+            else:
+                block = np.stack([batch.column(k).to_numpy(zero_copy_only=False) for k in keep], axis=1)
+            if not matrix.shape[1] and block.shape[1]:  # the first vector, and the rows without one before it
+                matrix = _allocate(path, (rows, block.shape[1]), dtype)
+                matrix[:start] = np.nan
+            if matrix.shape[1]:
+                matrix[start : len(ids)] = block
+    return Vectors(path, ids, matrix, notes)
+
+
+def _allocate(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray:
     try:
-        table = open_parquet(path).read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())[:120]}") from None
-    ids = [id_text(path, names[at], row, value) for row, value in enumerate(table[names[at]].to_pylist(), 1)]
-    others = [names[k] for k in keep]
-    kinds = pyarrow.types
-    if len(others) == 1 and any(test(table.schema.field(others[0]).type) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)):
-        return Vectors(path, ids, _stack(path, ids, table[others[0]].to_pylist()), notes)
-    columns = []
-    for name in others:
-        kind = table.schema.field(name).type
-        if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)):
-            raise DataError(f"{path}: the column {name!r} holds {kind}; numbers are needed in all columns but the ids, or one column of lists")
-        columns.append(table[name].to_numpy())
-    return Vectors(path, ids, np.stack(columns, axis=1).astype(np.float64 if any(c.dtype == np.float64 for c in columns) else np.float32), notes)
+        return np.empty(shape, dtype=dtype)
+    except (MemoryError, ValueError):
+        raise DataError(f"{path} claims {shape[0]:,} rows of {shape[1]:,} numbers, more than there is memory for; is it damaged?") from None
 
 
-def _stack(path: Path, ids: list[str], rows: list[list[float] | None]) -> np.ndarray:
-    width = next((len(row) for row in rows if row), 0)
-    matrix = np.full((len(rows), width), np.nan, dtype=np.float32)
-    for k, row in enumerate(rows):
-        if not row:
-            continue
-        if len(row) != width:
-            raise DataError(f"{path}: the item {ids[k][:40]!r} has {len(row)} numbers, those before have {width}")
-        try:
-            matrix[k] = np.array(row, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise DataError(f"{path}: the item {ids[k][:40]!r} has something else than numbers") from None
-    return matrix
+def _from_lists(path: Path, ids: Sequence[str], lists: Any, width: int) -> np.ndarray:
+    """The vectors of a column of lists, NaN where there is none; all of one width, that of those before if it is not 0."""
+    import pyarrow.compute as compute
+
+    lengths = compute.fill_null(compute.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    there = np.flatnonzero(lengths)
+    width = width or (int(lengths[there[0]]) if len(there) else 0)
+    wrong = there[lengths[there] != width]
+    if len(wrong):
+        raise DataError(f"{path}: the item {ids[wrong[0]][:40]!r} has {lengths[wrong[0]]} numbers, those before have {width}")
+    block = np.full((len(lengths), width), np.nan, dtype=np.float32)
+    if len(there):
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as that
+            block[there] = lists.take(there).flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return block
 
 
 def _read_text(path: Path, id_column: str) -> Vectors:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ckd_fed.data.dataset import load_dataset
 from ckd_fed.data.draft import write_draft
 from ckd_fed.data.importers.detect import read_draft
 from ckd_fed.data.importers.own import Options, sorted_ids
-from ckd_fed.data.importers.vectors import modality_of
+from ckd_fed.data.importers.vectors import modality_of, read_vectors
 from ckd_fed.errors import DataError
 
 NAMES = [f"sku-{item:02d}" for item in range(14)]
@@ -80,6 +81,62 @@ def test_missing_items_are_masked_and_extra_ones_dropped(own, problem, bring, en
     np.testing.assert_array_equal(dataset.features["image"], np.where(mask[:, None], problem[1]["image"], 0))
     assert "text" not in dataset.masks
     assert [note.partition(": ")[2][:15] for note in notes(dataset)] == ["8 of 14 items h", "2 rows belong t"]
+
+
+def list_types(pa):
+    return [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 4), pa.list_(pa.int64()), pa.list_(pa.float16())]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_lists_of_every_kind_over_several_batches(tmp_path, which):
+    """The first batch has no vector at all, the others have gaps."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    matrix = np.random.default_rng(0).integers(-99, 99, (2500, 4)).astype(np.float32)
+    rows = [None if k < 1100 or k % 7 == 0 else row for k, row in enumerate(matrix.astype(np.float16) if which == 4 else matrix.tolist())]
+    table = pa.table({"id": range(2500), "vector": pa.array(rows, list_types(pa)[which])})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=700)
+    found = read_vectors(tmp_path / "x.parquet")
+    assert found.matrix.dtype == np.float32
+    assert found.ids == [str(k) for k in range(2500)]
+    for k, row in enumerate(rows):
+        np.testing.assert_array_equal(found.matrix[k], np.full(4, np.nan) if row is None else row)
+
+
+def test_lists_take_the_memory_of_the_array_that_they_become(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    matrix = np.random.default_rng(0).normal(size=(20_000, 64)).astype(np.float32)
+    vectors = pa.FixedSizeListArray.from_arrays(matrix.ravel(), 64)
+    parquet.write_table(pa.table({"id": range(len(matrix)), "vector": vectors}), tmp_path / "x.parquet")
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    found = read_vectors(tmp_path / "x.parquet")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found.matrix, matrix)
+    assert peak < 2 * matrix.nbytes
+    assert pa.total_allocated_bytes() - before < matrix.nbytes
+
+
+@pytest.mark.parametrize(("change", "mentions"), [
+    (lambda rows: [*rows[:5], rows[5][:3], *rows[6:]], ["'sku-05' has 3 numbers, those before have 4"]),
+    (lambda rows: [*rows[:5], [1.0, None, 2.0, 3.0], *rows[6:]], ["'sku-05' has nan in column 2"]),
+    (lambda rows: [*rows[:5], [1.0, 1e300, 2.0, 3.0], *rows[6:]], ["'sku-05' has inf in column 2"]),
+    (lambda rows: [list(map(str, row)) for row in rows], ["'vector' holds list", "numbers are needed"]),
+    (lambda rows: [[row] for row in rows], ["'vector' holds list", "numbers are needed"]),
+    (lambda rows: [[] for _ in rows], ["matrix of numbers"]),
+])  # fmt: skip
+def test_lists_that_are_refused(own, problem, bring, refuses, change, mentions):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    vectors = pa.array(change(problem[1]["image"].tolist()))
+    vectors = vectors.cast(pa.list_(pa.float64())) if vectors.type == pa.list_(pa.null()) else vectors
+    parquet.write_table(pa.table({"id": NAMES, "vector": vectors}), own / "image.parquet")
+    refuses(DataError, lambda: bring(own), "image.parquet", *mentions)
 
 
 def test_the_index_that_pandas_writes_is_no_feature(own, problem, bring, same):
