@@ -3,6 +3,7 @@
 import csv
 import json
 import tracemalloc
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ckd_fed.data.dataset import load_dataset
 from ckd_fed.data.draft import write_draft
 from ckd_fed.data.importers.detect import read_draft
 from ckd_fed.data.importers.own import Options, sorted_ids
+from ckd_fed.data.importers.tables import read_interactions
 from ckd_fed.data.importers.vectors import modality_of, read_vectors
 from ckd_fed.errors import DataError
 
@@ -242,6 +244,68 @@ def test_a_rule_that_goes_by_time_needs_a_time_column(own, bring, refuses, rule)
     refuses(DataError, lambda: bring(own, rule=rule), "clicks.csv", rule, "--time-column", "user_id, item_id, when, split")
     dataset = bring(own, rule=rule, time_column="when")
     assert json.loads((dataset.directory / "manifest.json").read_text())["split"]["rule"] == rule
+
+
+def time_columns(pa):
+    """Columns of five moments, each after the one before, by what they are made of."""
+    seconds = [1_400_000_000 + k for k in range(5)]
+    nanoseconds = [1_400_000_000_000_000_001 + 1000 * k for k in range(5)]
+    return {
+        "float seconds": pa.array([second + 0.25 for second in seconds]),
+        "integers": pa.array(seconds),
+        "decimals": pa.array([Decimal(second) for second in seconds]),
+        "nanoseconds": pa.array(nanoseconds, pa.timestamp("ns")),
+        "nanoseconds with a zone": pa.array(nanoseconds, pa.timestamp("ns", "Europe/Paris")),
+        "seconds": pa.array(seconds, pa.timestamp("s")),
+        "dates": pa.array([16_000 + k for k in range(5)], pa.date32()),
+        "texts": pa.array([f"2014-05-1{k}" for k in range(5)]),
+        "categories": pa.array([f"2014-05-1{k}T00:00:00Z" for k in range(5)]).dictionary_encode(),
+    }
+
+
+@pytest.mark.parametrize("kind", [
+    "float seconds", "integers", "decimals", "nanoseconds", "nanoseconds with a zone", "seconds", "dates", "texts", "categories",
+])  # fmt: skip
+def test_times_in_parquet_are_read_as_what_they_are(tmp_path, kind):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = time_columns(pa)[kind].take(pa.array([3, 0, 4, 1, 2]))
+    parquet.write_table(pa.table({"user": ["a"] * 5, "item": list("vwxyz"), "time": column}), tmp_path / "log.parquet")
+    times = read_interactions(tmp_path / "log.parquet").times
+    assert times.argsort().tolist() == [1, 3, 4, 0, 2]
+    assert 1.38e9 < times.min() < times.max() < 1.41e9
+
+
+def test_times_in_parquet_that_are_refused(tmp_path, refuses):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "log.parquet"
+    for column, mentions in (
+        ([1.5, None, 2.5], ["row 2: time is empty"]),
+        ([1.5, 2.5, float("nan")], ["row 3: time is nan"]),
+        ([None, None, None], ["row 1: time is empty"]),
+        (["2014-05-01", "yesterday", "2014-05-02"], ["line 2: time is 'yesterday'", "ISO date"]),
+        ([True, False, True], ["'time' holds bool"]),
+    ):
+        parquet.write_table(pa.table({"user": list("aab"), "item": list("xyz"), "time": column}), path)
+        refuses(DataError, lambda: read_interactions(path), path, *mentions)
+    moments = pa.array([1, 2, 3], pa.timestamp("ns"))
+    parquet.write_table(pa.table({"user": moments, "item": list("xyz")}), path)
+    refuses(DataError, lambda: read_interactions(path), path)  # moments are no ids
+
+
+def test_a_damaged_page_names_the_file(tmp_path, refuses):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "log.parquet"
+    parquet.write_table(pa.table({"user": [f"u{k}" for k in range(500)], "item": range(500)}), path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[60:200] = bytes(140)
+    path.write_bytes(content)
+    refuses(DataError, lambda: read_interactions(path), path, "no readable parquet file")
 
 
 def test_repeated_rows_keep_the_earliest_time(tmp_path, bring):
