@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,21 @@ class Dataset:
 def modalities_in(directory: Path) -> tuple[str, ...]:
     """Modalities whose feature file is in a directory, sorted by name."""
     return tuple(sorted(path.name[: -len(_SUFFIX)] for path in directory.glob(f"*{_SUFFIX}") if not path.name.startswith(".")))
+
+
+def check_modality(name: str) -> None:
+    """A modality's name is part of file names and of torch's names of parameters.
+
+    Raises:
+        DataError: it cannot be.
+    """
+    from torch.nn import ModuleDict, ParameterDict
+
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or any(hasattr(kind, name) for kind in (ModuleDict, ParameterDict)):
+        raise DataError(
+            f"modality {name!r} cannot be used: a name of letters, digits, - and _ is needed that torch's modules do not use; rename its file, or "
+            "import it as --features NAME=FILE"
+        )
 
 
 def load_dataset(

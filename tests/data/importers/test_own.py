@@ -410,6 +410,13 @@ def test_two_files_for_one_modality(own, bring, refuses):
     refuses(DataError, lambda: bring(own), "image.csv", "image.parquet", "--features")
 
 
+@pytest.mark.parametrize("name", ["a/b", "keys", "forward", "my text", "text.v2", "bild\u00e9", "..", ""])
+def test_a_modality_that_no_run_takes_is_refused(own, bring, refuses, tmp_path, name):
+    features = {name: own / "image.parquet"}
+    refuses(DataError, lambda: bring(own, features=features), f"modality {name!r} cannot be used", "--features NAME=FILE")
+    assert not (tmp_path / "home").exists()
+
+
 @pytest.mark.parametrize(("name", "modality"), [
     ("image_feat.npy", "image"), ("image-features.parquet", "image"), ("text.csv", "text"), ("clip_embeddings.npz", "clip"), ("feat.npy", "feat"),
 ])  # fmt: skip
