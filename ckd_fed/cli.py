@@ -24,13 +24,18 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     """Configuration overrides as ``flwr run -c`` takes them: ``'a.b=1 c="x"'``, or the name of a TOML file.
 
     A bare word counts as a string, so that ``backbone=mmgcn`` needs no quotes within quotes.
+
+    Returns:
+        Dotted keys with underscores, each with the last value given.
     """
+    from ckd_fed.config import flatten
+
     values: dict[str, Any] = {}
     for text in texts:
         if text.endswith(".toml"):
             try:
-                values.update(tomllib.loads(Path(text).read_text()))
-            except (OSError, tomllib.TOMLDecodeError) as error:
+                values.update(flatten(tomllib.loads(Path(text).read_text())))
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
                 raise ConfigError(f"-c {text}: {error}") from None
             continue
         position = 0
@@ -42,9 +47,10 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
                 )
             key, value = match.groups()
             try:
-                values[key] = tomllib.loads(f"value = {value}")["value"]
+                read = tomllib.loads(f"value = {value}")["value"]
             except tomllib.TOMLDecodeError:
-                values[key] = value
+                read = value
+            values.update(flatten({key: read}))
             position = match.end()
     return values
 
@@ -82,10 +88,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def toml_overrides(values: dict[str, Any]) -> str:
     """Overrides as the TOML that ``flwr run -c`` insists on: strings quoted."""
-    from ckd_fed.config import flatten
-
     parts = []
-    for key, value in flatten(values).items():
+    for key, value in values.items():
         text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value) if isinstance(value, (int, float)) else f'"{value}"'
         parts.append(f"{key.replace('_', '-')}={text}")
     return " ".join(parts)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ckd_fed import config as module
 from ckd_fed.backbones import BACKBONES
+from ckd_fed.cli import parse_overrides
 from ckd_fed.config import Config, configs_directory, flatten, read_recipe, resolve, restore
 from ckd_fed.errors import ConfigError
 
@@ -317,3 +318,15 @@ def test_the_files_that_are_shipped_are_valid(monkeypatch, kind):
         resolve({kind[:-1]: name})
     if kind == "backbones":
         assert set(names) == set(BACKBONES)
+
+
+def test_of_several_overrides_the_last_wins_key_by_key(tmp_path):
+    """A table of a later file does not take the keys of an earlier one along, and inline overrides are of the same kind."""
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text("seed = 1\n[training]\nepochs = 5\nlearning-rate = 0.1\n[model]\nembedding_dim = 8\n")
+    second.write_text("[training]\nepochs = 7\nlearning_rate = 0.2\n")
+    files = [str(first), str(second)]
+    assert parse_overrides(files) == {"seed": 1, "training.epochs": 7, "training.learning_rate": 0.2, "model.embedding_dim": 8}
+    assert resolve(parse_overrides(["training.epochs=3", *files])).training.epochs == 7
+    assert resolve(parse_overrides([*files, "training.epochs=3 seed=2"])).training.epochs == 3
+    assert resolve(parse_overrides([str(first), "training.learning-rate=0.3", str(second)])).training.learning_rate == 0.2

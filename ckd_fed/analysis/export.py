@@ -14,16 +14,17 @@ from ckd_fed.analysis.student import Student
 from ckd_fed.errors import ConfigError
 from ckd_fed.home import write_atomically
 
-EMBEDDINGS, LISTS = "embeddings.safetensors", "top_items.jsonl"
+EMBEDDINGS, LISTS, USERS, ITEMS = "embeddings.safetensors", "top_items.jsonl", "users.json", "items.json"
 _USERS_AT_A_TIME = 4096
 
 
 def export(student: Student, history: RunHistory, folder: Path, k: int) -> list[Path]:
-    """Write ``embeddings.safetensors`` and ``top_items.jsonl``.
+    """Write ``embeddings.safetensors``, ``top_items.jsonl``, ``users.json`` and ``items.json``.
 
     The safetensors file holds ``joint/users``, ``joint/items`` and, for every modality m, ``only/<m>/users`` and ``only/<m>/items``,
-    float32; inner products order a user's items as the view's scores do. The JSON lines are ``{"user", "items", "scores"}``, the best k
-    items of every user, training and validation items left out.
+    float32; inner products order a user's items as the view's scores do. ``users.json`` and ``items.json`` list the source's ids of
+    their rows. The JSON lines are ``{"user", "index", "items", "indices", "scores"}``, the best k items of every user, training and validation
+    items left out: ``user`` and ``items`` are the source's ids, ``index`` and ``indices`` the rows.
 
     Raises:
         ConfigError: k is not positive.
@@ -41,10 +42,20 @@ def export(student: Student, history: RunHistory, folder: Path, k: int) -> list[
     write_atomically(folder / EMBEDDINGS, save(arrays, metadata=facts))
 
     joint, seen = student.tables(), seen_items(student.dataset)
+    user_ids, item_ids = student.dataset.user_ids, student.dataset.item_ids
     lines = []
     for start in range(0, student.dataset.n_users, _USERS_AT_A_TIME):
         ids = np.arange(start, min(start + _USERS_AT_A_TIME, student.dataset.n_users))
         for user, items_of, scores in zip(ids, *top_lists(joint, seen, ids, k), strict=True):
-            lines.append(json.dumps({"user": int(user), "items": items_of.tolist(), "scores": [round(float(score), 6) for score in scores]}))
+            row = {
+                "user": user_ids[user],
+                "index": int(user),
+                "items": [item_ids[item] for item in items_of],
+                "indices": items_of.tolist(),
+                "scores": [round(float(score), 6) for score in scores],
+            }
+            lines.append(json.dumps(row, ensure_ascii=False))
     write_atomically(folder / LISTS, ("\n".join(lines) + "\n").encode())
-    return [folder / EMBEDDINGS, folder / LISTS]
+    for name, names in ((USERS, user_ids), (ITEMS, item_ids)):
+        write_atomically(folder / name, json.dumps(names, ensure_ascii=False).encode())
+    return [folder / name for name in (EMBEDDINGS, LISTS, USERS, ITEMS)]

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ckd_fed.analysis.locate import RECORD
+from ckd_fed.data.dataset import Dataset
 from ckd_fed.errors import DataError
 from ckd_fed.tracking.record import read_rows
 
@@ -164,6 +165,22 @@ def read_history(directory: Path) -> RunHistory:
     if not rows or not all(isinstance(row, dict) and "event" in row for row in rows):
         raise DataError(f"{path} holds no rows of a run")
     return RunHistory(directory, _read_config(directory / "config.yaml"), rows)
+
+
+def other_data(history: RunHistory, dataset: Dataset) -> str:
+    """What a run was trained on, in words, where that is not the dataset at hand; empty where it is."""
+    split, here = str(history.start.get("split")), dataset.feature_fingerprints
+    if split != dataset.fingerprint:
+        return f"another split ({split[:12]}) than the one in {dataset.directory} ({dataset.fingerprint[:12]})"
+    recorded = history.start.get("features") or {}
+    for modality in dict.fromkeys((*history.modalities, *here)):
+        before, _, mask_before = str(recorded.get(modality)).partition("+")
+        now, _, mask_now = str(here.get(modality)).partition("+")
+        if before != now:
+            return f"other {modality} features ({before[:12]}) than those in {dataset.directory} ({now[:12]})"
+        if mask_before != mask_now:
+            return f"another {modality} mask ({mask_before[:12] or 'none'}) than in {dataset.directory} ({mask_now[:12] or 'none'})"
+    return ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:

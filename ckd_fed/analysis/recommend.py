@@ -23,7 +23,7 @@ class Recommendation:
     """One recommended item.
 
     Attributes:
-        item: its id.
+        item: its number in the dataset.
         margin: how much the student prefers it to the user's average item, s(u,i) - mean_j s(u,j).
         contributions: modality -> what it adds to the margin: the margin minus that of the view without the modality (the numerator of
             the counterfactual effect).
@@ -38,6 +38,17 @@ class Recommendation:
         """The modality that adds most; ``ids`` where none adds anything."""
         best = max(self.contributions, key=lambda m: self.contributions[m])
         return best if self.contributions[best] > 0 else IDS
+
+
+def find_user(dataset: Dataset, name: str) -> int:
+    """Number of the user with an id of the source, or with that number where the dataset has no ``users.json``.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    if name not in dataset.user_ids:
+        raise ConfigError(f"user is {name!r}; {dataset.name} has {dataset.n_users:,} users with ids such as {dataset.user_ids[0]!r}")
+    return dataset.user_ids.index(name)
 
 
 def seen_items(dataset: Dataset) -> Interactions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckd_fed.analysis.history import RunHistory
+from ckd_fed.analysis.history import RunHistory, other_data
 from ckd_fed.backbones.base import Backbone, Embeddings, View
 from ckd_fed.checkpoint import load_checkpoint, to_tensors
 from ckd_fed.config import Config, restore
@@ -33,18 +33,15 @@ def load_student(history: RunHistory) -> Student:
     """The best student of a run.
 
     Raises:
-        DataError: the run has no checkpoint, the dataset is not on this machine, or it is not the one the run was trained on.
+        DataError: the run has no checkpoint, the dataset is not on this machine, or its split or features are not those the run was trained on.
     """
     config = restore(history.config)
     path = history.directory / "checkpoints" / "best.safetensors"
     if not path.is_file():
         raise DataError(f"run {history.name} has no {path.relative_to(history.directory)} ({history.state}); a run keeps its best student there")
     dataset = open_dataset(config, modalities=history.modalities)
-    if history.start.get("split", dataset.fingerprint) != dataset.fingerprint:
-        raise DataError(
-            f"run {history.name} was trained on another split ({history.start['split'][:12]}) than the one in {dataset.directory} "
-            f"({dataset.fingerprint[:12]}); put the run's own data there"
-        )
+    if other := other_data(history, dataset):
+        raise DataError(f"run {history.name} was trained on {other}; put the run's own data there")
     trainer = build_trainer(config, dataset, "student", cache=home(config) / "cache")
     try:
         trainer.restore(to_tensors(load_checkpoint(path)[0]))

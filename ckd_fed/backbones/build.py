@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
@@ -15,8 +14,9 @@ import torch
 
 from ckd_fed.backbones import backbone_target
 from ckd_fed.backbones.base import Backbone
+from ckd_fed.data.dataset import check_modality
 from ckd_fed.data.interactions import Interactions
-from ckd_fed.errors import ConfigError, DataError, unknown
+from ckd_fed.errors import ConfigError, unknown
 
 
 def backbone_class(name: str) -> type[Backbone]:
@@ -59,6 +59,7 @@ def build_backbone(
 
     Raises:
         ConfigError: unknown backbone or option.
+        DataError: a modality's name cannot be used.
     """
     build = backbone_class(name)
     known = {p.name: type(p.default) for p in signature(build).parameters.values() if p.kind is Parameter.KEYWORD_ONLY}
@@ -67,10 +68,7 @@ def build_backbone(
             raise ConfigError(unknown(f"option of backbone {name}", option, known))
         _check_option(f"model.{option}", value, known[option])
     for modality in features:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", modality) or any(hasattr(kind, modality) for kind in (torch.nn.ModuleDict, torch.nn.ParameterDict)):
-            raise DataError(
-                f"modality {modality!r} cannot be used: a name of letters, digits, - and _ is needed that torch's modules do not use; rename its file"
-            )
+        check_modality(modality)
     tensors = {m: _tensor(x).to(dtype) for m, x in features.items()}
     takes_masks = "present" in signature(build).parameters
     present = ({m: torch.from_numpy(masks[m].copy()) for m in features if m in masks},) if masks and takes_masks else ()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +56,16 @@ class Dataset:
         return tuple(self.features)
 
     @cached_property
+    def user_ids(self) -> list[str]:
+        """The source's ids of the users, in order; their numbers as text where the dataset has no ``users.json``."""
+        return _source_ids(self.directory / "users.json", self.n_users)
+
+    @cached_property
+    def item_ids(self) -> list[str]:
+        """The source's ids of the items, in order; their numbers as text where the dataset has no ``items.json``."""
+        return _source_ids(self.directory / "items.json", self.n_items)
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the split: equal on two nodes exactly if they hold the same interactions in the same parts."""
         digest = hashlib.sha256(f"ckd-split-1 {self.n_users} {self.n_items}".encode())
@@ -80,6 +92,21 @@ class Dataset:
 def modalities_in(directory: Path) -> tuple[str, ...]:
     """Modalities whose feature file is in a directory, sorted by name."""
     return tuple(sorted(path.name[: -len(_SUFFIX)] for path in directory.glob(f"*{_SUFFIX}") if not path.name.startswith(".")))
+
+
+def check_modality(name: str) -> None:
+    """A modality's name is part of file names and of torch's names of parameters.
+
+    Raises:
+        DataError: it cannot be.
+    """
+    from torch.nn import ModuleDict, ParameterDict
+
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or any(hasattr(kind, name) for kind in (ModuleDict, ParameterDict)):
+        raise DataError(
+            f"modality {name!r} cannot be used: a name of letters, digits, - and _ is needed that torch's modules do not use; rename its file, or "
+            "import it as --features NAME=FILE"
+        )
 
 
 def load_dataset(
@@ -148,6 +175,18 @@ def dense_features(dataset: Dataset, modality: str) -> np.ndarray:
     features = np.array(dataset.features[modality], dtype=np.float32)
     features[~mask] = features[mask].mean(axis=0, dtype=np.float64)
     return features
+
+
+def _source_ids(path: Path, n: int) -> list[str]:
+    if not path.is_file():
+        return [str(k) for k in range(n)]
+    try:
+        ids = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    if not isinstance(ids, list) or len(ids) != n:
+        raise DataError(f"{path} must be a list of {n:,} ids")
+    return [str(name) for name in ids]
 
 
 def _check_contiguous(directory: Path, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], n_users: int) -> None:

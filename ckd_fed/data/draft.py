@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ckd_fed import __version__
-from ckd_fed.data.dataset import SPLITS, load_dataset
+from ckd_fed.data.dataset import SPLITS, check_modality, load_dataset
 from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.folder import whole_folder
 from ckd_fed.data.manifest import source_record, write_manifest
@@ -87,8 +87,10 @@ def write_draft(draft: Draft, destination: Path, *, dtype: str = "", replace: bo
         What the manifest says, but for the files.
 
     Raises:
-        DataError: the destination exists, or the draft is no dataset that could be loaded.
+        DataError: the destination exists, a modality's name cannot be used, or the draft is no dataset that could be loaded.
     """
+    for modality in draft.modalities:
+        check_modality(modality)
     if destination.exists() and not replace:
         raise DataError(f"{destination} exists; choose another name, or say --replace to put this dataset in its place")
     with whole_folder(destination, replace=replace) as fresh:

@@ -31,6 +31,8 @@ class ModalityReport:
         most_alike: size of the largest group of equal rows, 1 where no two are.
         alike_is_mean: whether that group's row is the mean of the others, as published sets fill gaps.
         constant: columns with one value throughout.
+        widest: the column that varies most.
+        widest_share: its share of the variance of all columns.
         signal: content-neighbour recall; None where no user could be ranked.
     """
 
@@ -46,6 +48,8 @@ class ModalityReport:
     most_alike: int
     alike_is_mean: bool
     constant: int
+    widest: int
+    widest_share: float
     signal: Signal | None
 
 
@@ -80,8 +84,7 @@ def inspect(dataset: Dataset) -> Report:
 def _inspect_modality(dataset: Dataset, modality: str) -> ModalityReport:
     features, mask = dataset.features[modality], dataset.masks.get(modality)
     present = np.flatnonzero(mask) if mask is not None else np.arange(len(features))
-    total = np.zeros(features.shape[1])
-    squares = 0.0
+    total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
     norms = np.empty(len(present))
     low, high = np.full(features.shape[1], np.inf), np.full(features.shape[1], -np.inf)
     rows: list[bytes] = []
@@ -89,7 +92,7 @@ def _inspect_modality(dataset: Dataset, modality: str) -> ModalityReport:
         block = np.asarray(features[present[start : start + _BLOCK]])
         exact = block.astype(np.float64)
         total += exact.sum(axis=0)
-        squares += float((exact**2).sum())
+        squares += (exact**2).sum(axis=0)
         norms[start : start + len(block)] = np.linalg.norm(exact, axis=1)
         low, high = np.minimum(low, exact.min(axis=0)), np.maximum(high, exact.max(axis=0))
         rows += [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in np.ascontiguousarray(block)]
@@ -103,13 +106,15 @@ def _inspect_modality(dataset: Dataset, modality: str) -> ModalityReport:
         first = np.asarray(features[present[rows.index(row)]], dtype=np.float64)
         others = (total - alike * first) / (n - alike)
         like_mean = bool(np.linalg.norm(first - others) < 0.01 * max(float(np.linalg.norm(others)), 1e-12)) and bool(first.any())
+    variance = np.maximum(0.0, squares / n - mean_row**2)
+    widest = int(variance.argmax())
     mean = float(total.sum()) / (n * features.shape[1])
     norm = float(norms.mean())
     return ModalityReport(
         features.shape[1],
         str(features.dtype),
         mean,
-        float(np.sqrt(max(0.0, squares / (n * features.shape[1]) - mean**2))),
+        float(np.sqrt(max(0.0, float(squares.sum()) / (n * features.shape[1]) - mean**2))),
         norm,
         float(np.linalg.norm(mean_row)) / norm if norm else 0.0,
         len(features) - n,
@@ -118,6 +123,8 @@ def _inspect_modality(dataset: Dataset, modality: str) -> ModalityReport:
         alike,
         like_mean,
         int((low == high).sum()),
+        widest,
+        float(variance[widest] / variance.sum()) if variance.any() else 0.0,
         content_signal(dataset, modality),
     )
 
@@ -162,6 +169,11 @@ def _feature_warnings(dataset: Dataset, modalities: dict[str, ModalityReport]) -
             )
         if one.constant:
             warnings.append(f"{name}: {one.constant:,} of {one.dimension:,} columns are constant and say nothing")
+        if one.dimension > 1 and one.widest_share > (0.5 if one.dimension >= 10 else 0.9):
+            warnings.append(
+                f"{name}: column {one.widest} holds {one.widest_share:.0%} of the variance of all {one.dimension:,}; if it is an index or an id, "
+                "leave it out, else z-score puts the columns on one scale"
+            )
         if one.missing * 2 > dataset.n_items:
             warnings.append(f"{name}: {one.missing / dataset.n_items:.0%} of the items lack it; its teacher knows little of most items")
         if one.signal is not None and not one.signal.carries:

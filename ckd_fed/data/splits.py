@@ -14,6 +14,7 @@ from ckd_fed.errors import DataError, unknown
 
 TRAIN, VAL, TEST = range(len(SPLITS))
 RULES = ("random", "leave-one-out", "temporal", "cold-items", "warm-and-cold")
+TIMED = ("leave-one-out", "temporal")  # those that need times
 DEFAULT_SEED = 123
 RULE_WORDS = {
     "random": "per user at random: a tenth, rounded down but at least one, for validation and as many for test",
@@ -29,12 +30,12 @@ def split(rule: str, users: np.ndarray, items: np.ndarray, times: np.ndarray | N
     """Part of every interaction.
 
     Users with fewer than three interactions train only under ``random`` and ``leave-one-out``: one for each part would leave them none.
-    Without times, ``leave-one-out`` takes an order drawn from the seed.
+    Of a user's interactions at one time, under ``leave-one-out``, the seed decides which is the last.
 
     Args:
         rule: one of :data:`RULES`.
         users, items: ids from 0, shape ``(n,)``, every pair once.
-        times: in any unit, shape ``(n,)``; needed by ``temporal``.
+        times: in any unit, shape ``(n,)``; needed by :data:`TIMED`.
         seed: of the draws.
 
     Returns:
@@ -45,9 +46,9 @@ def split(rule: str, users: np.ndarray, items: np.ndarray, times: np.ndarray | N
     """
     if rule not in RULES:
         raise DataError(unknown("split rule", rule, RULES))
-    if rule == "temporal":
-        if times is None:
-            raise DataError("the split rule temporal needs times; name their column, or choose random or leave-one-out")
+    if rule in TIMED and times is None:
+        raise DataError(f"the split rule {rule} needs the times of the interactions; give them, or choose random")
+    if rule == "temporal" and times is not None:
         return _temporal(times)
     if rule == "cold-items":
         return _cold_items(rule, items, seed)
@@ -85,7 +86,7 @@ def _temporal(times: np.ndarray) -> np.ndarray:
     part = np.where(times < first, TRAIN, np.where(times < second, VAL, TEST))
     for name, number in zip(SPLITS, np.bincount(part, minlength=3), strict=True):
         if not number:
-            raise DataError(f"the split rule temporal leaves {name} empty: too many interactions have the same time; choose random or leave-one-out")
+            raise DataError(f"the split rule temporal leaves {name} empty: too many interactions have the same time; choose random")
     return part
 
 

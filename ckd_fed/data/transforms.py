@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -96,24 +95,11 @@ def transformed_draft(directory: Path, transforms: Mapping[str, str]) -> Draft:
     names = [path for path in sorted(directory.glob("*")) if path.name in {*(f"{s}.json" for s in SPLITS), *(f"{m}_feat.npy" for m in modalities)}]
     return Draft(
         str(manifest.get("layout", "own")),
-        _ids(directory / "users.json", dataset.n_users),
-        _ids(directory / "items.json", dataset.n_items),
+        dataset.user_ids,
+        dataset.item_ids,
         {split: (part.row, part.items) for split, part in ((split, getattr(dataset, split)) for split in SPLITS)},
         modalities,
         rule,
         notes=list(manifest.get("notes", [])),
         earlier_sources=manifest.get("sources") or [source_record(path) for path in names],
     )
-
-
-def _ids(path: Path, n: int) -> list[str]:
-    """The source's ids where the dataset has them, else the numbers."""
-    if not path.is_file():
-        return [str(k) for k in range(n)]
-    try:
-        ids = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}") from None
-    if not isinstance(ids, list) or len(ids) != n:
-        raise DataError(f"{path} must be a list of {n:,} ids")
-    return [str(name) for name in ids]

@@ -3,42 +3,53 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from ckd_fed.analysis.history import RunHistory, read_history
-from ckd_fed.config import Config
-from ckd_fed.data.locate import resolve_for_data
-from ckd_fed.errors import CkdError, ConfigError
+from ckd_fed.analysis.history import RunHistory, other_data, read_history
+from ckd_fed.config import Config, flatten
+from ckd_fed.data.dataset import Dataset
+from ckd_fed.data.locate import locate, open_dataset, resolve_for_data
+from ckd_fed.errors import ConfigError, DataError
 from ckd_fed.experiments.recipe import Job
-from ckd_fed.home import home
+from ckd_fed.home import code_version, home
 from ckd_fed.training.central import train
 from ckd_fed.training.memory import TeacherMemory
 
-_IRRELEVANT = ("tracking.", "training.threads", "training.device", "home", "data.dir")  # may differ between runs that are compared
+_IRRELEVANT = (
+    "tracking.",
+    "training.threads",
+    "training.device",
+    "home",
+    "data.dir",
+)  # may differ between runs that are compared; data by what is in them
+
+_Datasets = dict[tuple[Path, tuple[str, ...]], Dataset]  # folder and modalities asked for -> the dataset, opened once
 
 
 def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Callable[[str], None]) -> dict[Job, RunHistory]:
     """Run what has not finished yet.
 
-    Variants of a seed share the teachers that are the same for them. A run that finished with the same configuration is taken as it is;
-    one that broke off or failed is begun anew, its folder replaced. A run that fails does not keep the others from running.
+    Variants of a seed share the teachers that are the same for them. A run that finished with the same configuration on the same data is taken
+    as it is (a note says where other code made it); one that broke off, failed or cannot be read is begun anew, its folder replaced. A run
+    that fails does not keep the others from running.
 
     Args:
         planned: of :func:`~ckd_fed.experiments.recipe.jobs`.
-        done: told of every job as it ends, and how: ``kept``, ``finished`` or ``failed: <reason>``.
+        done: told of every job as it ends, and how: ``kept``, ``finished`` or ``failed: <type>: <reason>``.
         write: prints one line.
 
     Returns:
         The histories of the jobs that finished.
 
     Raises:
-        ConfigError: a configuration is impossible, or a finished run of the same name has another one (before anything is run).
+        ConfigError: a configuration is impossible, or a finished run of the same name has another one, or other data (before anything is run).
     """
     configs = {job: resolve_for_data(job.overrides) for job in planned}
-    kept = {job: history for job in planned if (history := _finished(job, configs[job])) is not None}
+    opened: _Datasets = {}
+    kept = {job: history for job in planned if (history := _finished(job, configs[job], opened)) is not None}
     found: dict[Job, RunHistory] = {}
     memory, place = TeacherMemory(), None
     for job in planned:
@@ -46,6 +57,10 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
             memory, place = TeacherMemory(), (job.dataset, job.backbone, job.seed)
         if job in kept:
             found[job] = kept[job]
+            if (made_by := kept[job].start.get("code")) != code_version():
+                write(
+                    f"NOTE: {job.run} was trained by other code ({made_by}, this is {code_version()}) and is kept; remove its folder to train it anew"
+                )
             done(job, "kept")
             continue
         directory = _directory(job, configs[job])
@@ -54,10 +69,10 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
             shutil.rmtree(directory)
         try:
             train(configs[job], write=lambda line: None, memory=memory)
-        except CkdError as error:
-            done(job, f"failed: {error}")
+            found[job] = read_history(directory)
+        except Exception as error:  # whatever it is, it is this run's own affair
+            done(job, f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
-        found[job] = read_history(directory)
         done(job, "finished")
     return found
 
@@ -66,20 +81,35 @@ def _directory(job: Job, config: Config) -> Path:
     return home(config) / "runs" / job.run
 
 
-def _finished(job: Job, config: Config) -> RunHistory | None:
+def _finished(job: Job, config: Config, opened: _Datasets) -> RunHistory | None:
     directory = _directory(job, config)
-    if not (directory / "metrics.jsonl").is_file() or not (history := read_history(directory)).final:
+    try:
+        history = read_history(directory)
+    except DataError:  # broken off before its first row, or damaged since
         return None
-    # through YAML, as the stored one has gone
-    wanted = {key: value for key, value in _flat(yaml.safe_load(config.to_yaml())).items() if not key.startswith(_IRRELEVANT)}
-    different = sorted(key for key, value in wanted.items() if history.config.get(key, value) != value)
+    if not history.final:
+        return None
+    wanted = _relevant(_flat(yaml.safe_load(config.to_yaml())))  # through YAML, as the stored one has gone
+    stored = _relevant(history.config)
+    different = [key for key in sorted({*wanted, *stored}) if key not in wanted or key not in stored or wanted[key] != stored[key]]
     if different:
-        shown = ", ".join(f"{key} {history.config[key]!r} instead of {wanted[key]!r}" for key in different[:4])
+        shown = ", ".join(f"{key} {_shown(stored, key)} instead of {_shown(wanted, key)}" for key in different[:4])
         raise ConfigError(f"{directory} holds a finished run with another configuration ({shown}); remove it, or use the sweep's first configuration")
+    place = locate(config)[0], config.modalities
+    if place not in opened:
+        opened[place] = open_dataset(config)
+    if other := other_data(history, opened[place]):
+        raise ConfigError(f"{directory} holds a finished run trained on {other}; remove it, or put the sweep's first data back")
     return history
 
 
-def _flat(tree: dict[str, object]) -> dict[str, object]:
-    from ckd_fed.config import flatten
+def _relevant(settings: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in settings.items() if not key.startswith(_IRRELEVANT)}
 
+
+def _shown(settings: Mapping[str, object], key: str) -> str:
+    return repr(settings[key]) if key in settings else "unset"
+
+
+def _flat(tree: dict[str, object]) -> dict[str, object]:
     return {key.replace("_", "-"): value for key, value in flatten(tree).items()}

@@ -16,7 +16,6 @@ from ckd_fed.backbones.build import backbone_class
 from ckd_fed.checkpoint import to_arrays
 from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset
-from ckd_fed.data.features import features_fingerprint
 from ckd_fed.data.locate import open_dataset, resolve_for_data, standin_notice
 from ckd_fed.data.missing import check_hidden
 from ckd_fed.data.triples import StepTriples
@@ -64,7 +63,7 @@ def train(
         "modalities": list(dataset.modalities),
         "split": dataset.fingerprint,
         "standin": dataset.standin,
-        "features": {m: features_fingerprint(matrix) for m, matrix in dataset.features.items()},
+        "features": dataset.feature_fingerprints,
         "code": code_version(),
     }
     directory = home(config) / "runs" / (config.resume or run_name(config))

@@ -5,6 +5,8 @@ import pytest
 from scipy import stats
 
 from ckd_fed.analysis.compare import compare, holm, paired, read_entry
+from ckd_fed.analysis.history import read_history
+from ckd_fed.analysis.student import load_student
 from ckd_fed.analysis.users import load_users
 from ckd_fed.cli import main
 from ckd_fed.errors import ConfigError, DataError
@@ -80,6 +82,23 @@ def test_another_split_in_the_place_of_the_runs_own_is_told(runs, tmp_path, writ
     shutil.rmtree(tmp_path / "data" / "toy")
     write_dataset("data/toy", n_users=60, n_items=40, seed=9)
     refuses(DataError, lambda: read_entry("one"), "another split")
+
+
+def test_other_features_in_the_place_of_the_runs_own_are_told(runs, tmp_path, refuses):
+    """Loading is what recommend and export do too; nothing is tested or kept on features that the student never saw."""
+    file, path = runs("one") / "one" / "test_users.npz", tmp_path / "data" / "toy" / "text_feat.npy"
+    file.unlink()
+    features = np.load(path)
+    np.save(path, features[::-1])
+    for load in (lambda: read_entry("one"), lambda: load_student(read_history(tmp_path / "runs" / "one"))):
+        refuses(DataError, load, "run one was trained on other text features", path.parent, "put the run's own data there")
+    np.save(path, features)
+    np.save(path.with_name("image_mask.npy"), np.arange(40) != 3)
+    refuses(DataError, lambda: read_entry("one"), "another image mask (none)")
+    assert not file.exists()
+    path.with_name("image_mask.npy").unlink()
+    np.save(path.with_name("audio_feat.npy"), features)  # which the run does not use
+    read_entry("one")
 
 
 def test_the_commands(runs, tmp_path, capsys):

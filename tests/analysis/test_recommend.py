@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from ckd_fed.analysis.export import export
 from ckd_fed.analysis.history import read_history
-from ckd_fed.analysis.recommend import IDS, Recommendation, recommend, seen_items
+from ckd_fed.analysis.recommend import IDS, Recommendation, find_user, recommend, seen_items
 from ckd_fed.analysis.student import load_student
 from ckd_fed.cli import main
 from ckd_fed.errors import ConfigError
@@ -65,32 +65,48 @@ def test_users_that_are_not_there_and_empty_lists_are_refused(trained, refuses):
     student, history = trained()
     for user in (-1, 60):
         refuses(ConfigError, lambda user=user: recommend(student, user, 5), f"user is {user}", "0 to 59")
+    refuses(ConfigError, lambda: find_user(student.dataset, "60"), "user is '60'", "60 users", "'0'")
+    assert find_user(student.dataset, "59") == 59
     refuses(ConfigError, lambda: recommend(student, 0, 0), "k is 0")
     refuses(ConfigError, lambda: export(student, history, history.directory, 0), "k is 0")
 
 
 def test_an_export_holds_every_view_and_every_users_list(trained, tmp_path):
     student, history = trained()
-    embeddings, lists = export(student, history, tmp_path / "out", 5)
+    embeddings, lists, *_ = export(student, history, tmp_path / "out", 5)
     with safe_open(embeddings, framework="numpy") as file:
         assert set(file.keys()) == {f"{view}/{side}" for view in ("joint", "only/image", "only/text") for side in ("users", "items")}
         users, items = file.get_tensor("joint/users"), file.get_tensor("joint/items")
         assert file.metadata()["split"] == student.dataset.fingerprint
     rows = [json.loads(line) for line in lists.read_text().splitlines()]
-    assert [row["user"] for row in rows] == list(range(60))
+    assert [row["index"] for row in rows] == list(range(60))
     for row in rows:
-        assert row["items"] == [one.item for one in recommend(student, row["user"], 5)]
-        np.testing.assert_allclose(row["scores"], users[row["user"]] @ items[row["items"]].T, atol=1e-5)
+        assert row["indices"] == [one.item for one in recommend(student, row["index"], 5)]
+        np.testing.assert_allclose(row["scores"], users[row["index"]] @ items[row["indices"]].T, atol=1e-5)
+        assert (row["user"], row["items"]) == (str(row["index"]), list(map(str, row["indices"])))  # this dataset has no ids of a source
 
 
-def test_the_commands(trained, capsys):
-    student, history = trained()
+def test_the_commands_speak_the_sources_ids(runs, tmp_path, capsys):
+    directory = runs("one") / "one"
+    users, items = [f"user é{k}" for k in range(60)], [str(100 + k) for k in range(40)]  # item 3 is "103", not "3"
+    for name, ids in (("users.json", users), ("items.json", items)):
+        (tmp_path / "data" / "toy" / name).write_text(json.dumps(ids))
+    student = load_student(read_history(directory))
+    expected = [one.item for one in recommend(student, 4, 3)]
     capsys.readouterr()
-    main(["recommend", "one", "--user", "4", "--k", "3", "--json"])
+    main(["recommend", "one", "--user", "user é4", "--k", "3", "--json"])
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["item"] for row in shown] == [one.item for one in recommend(student, 4, 3)]
-    main(["recommend", "one", "--user", "4", "--k", "3"])
+    assert [(row["item"], row["index"]) for row in shown] == [(items[k], k) for k in expected]
+    main(["recommend", "one", "--user", "user é4", "--k", "3"])
     table = capsys.readouterr().out
     assert all(f" {row['item']} " in table for row in shown)
-    main(["export", "one"])
-    assert capsys.readouterr().out.split() == [str(history.directory / "export" / name) for name in ("embeddings.safetensors", "top_items.jsonl")]
+    with pytest.raises(SystemExit):
+        main(["recommend", "one", "--user", "4"])
+    assert "user is '4'; toy has 60 users with ids such as 'user é0'" in capsys.readouterr().err
+    main(["export", "one", "--k", "3"])
+    names = ("embeddings.safetensors", "top_items.jsonl", "users.json", "items.json")
+    written = [directory / "export" / name for name in names]
+    assert capsys.readouterr().out.split() == list(map(str, written))
+    row = json.loads(written[1].read_text().splitlines()[4])
+    assert (row["user"], row["index"], row["items"], row["indices"]) == ("user é4", 4, [items[k] for k in expected], expected)
+    assert [json.loads(path.read_text()) for path in written[2:]] == [users, items]

@@ -73,6 +73,7 @@ def test_measurements(planted):
     assert one.std == pytest.approx(text.std())
     assert one.norm == pytest.approx(np.linalg.norm(text, axis=1).mean())
     assert one.off_centre == pytest.approx(np.linalg.norm(text.mean(0)) / one.norm)
+    assert (one.widest, one.widest_share) == (text.var(0).argmax(), pytest.approx(text.var(0).max() / text.var(0).sum()))
     assert report.interactions == sum(len(getattr(report.dataset, s)) for s in ("train", "val", "test"))
     assert report.sparsity == pytest.approx(1 - report.interactions / 15_000)
     assert report.item_degree.sum() == report.user_degree.sum() == len(report.dataset.train)
@@ -111,6 +112,7 @@ def fill(rows, value):
     (lambda text: text[np.arange(100) % 85], "text: 15 rows repeat"),
     (lambda text: text + 20, "text: not centred"),
     (lambda text: np.column_stack([text, np.ones((100, 2))]), "text: 2 of 7 columns are constant"),
+    (lambda text: np.column_stack([np.arange(100), text]), "text: column 0 holds 100% of the variance of all 6"),
     (lambda text: np.roll(text, 1, axis=0)[np.random.default_rng(3).permutation(100)], "text: cannot be told from shuffled"),
     (lambda text: text * 100, "rows of text are"),
 ])  # fmt: skip

@@ -63,7 +63,11 @@ def test_leave_one_out_takes_the_last_in_time():
     users, items = np.array([0, 0, 0, 0, 1, 1, 2]), np.array([3, 1, 2, 0, 1, 2, 5])
     times = np.array([4.0, 1.0, 9.0, 2.0, 1.0, 2.0, 0.0])
     assert split("leave-one-out", users, items, times).tolist() == [VAL, TRAIN, TEST, TRAIN, TRAIN, TRAIN, TRAIN]
-    assert counts(users, split("leave-one-out", users, items))[0] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("rule", ["leave-one-out", "temporal"])
+def test_what_goes_by_time_needs_times(rule, refuses):
+    refuses(DataError, lambda: split(rule, *problem([5] * 40)), rule, "needs the times", "random")
 
 
 def test_temporal_cuts_in_time_and_never_within_a_moment(refuses):
@@ -74,7 +78,6 @@ def test_temporal_cuts_in_time_and_never_within_a_moment(refuses):
     assert times[part == VAL].max() < times[part == TEST].min()
     assert (part == TRAIN).mean() == pytest.approx(0.8, abs=0.05)
     refuses(DataError, lambda: split("temporal", users, items, np.zeros(len(users))), "same time")
-    refuses(DataError, lambda: split("temporal", users, items), "needs times")
 
 
 def test_cold_items_are_never_trained(refuses):

@@ -91,12 +91,70 @@ def test_a_run_of_another_configuration_is_not_taken_for_this_one(recipe, traine
     assert len(trained) == 4
 
 
-def test_one_failure_does_not_keep_the_others_from_running(recipe, monkeypatch, capsys):
+def test_an_option_that_one_side_lacks_is_another_configuration(recipe, trained, tmp_path, refuses):
+    run(recipe)
+    refuses(ConfigError, lambda: run(recipe, **{"model.strange": 0.5}), "model.strange unset instead of 0.5", "another configuration")
+    stored = tmp_path / "runs" / trained[0] / "config.yaml"
+    stored.write_text(stored.read_text().replace("model:", "model:\n  strange: 1"))
+    refuses(ConfigError, lambda: run(recipe), "model.strange 1 instead of unset", "another configuration")
+    assert len(trained) == 4
+
+
+def test_a_run_of_other_data_is_not_taken_for_this_one(recipe, trained, tmp_path, write_dataset, refuses):
+    run(recipe)
+    toy = tmp_path / "data" / "toy"
+    toy.rename(tmp_path / "moved")
+    assert len(run(recipe, **{"data.dir": str(tmp_path / "moved")})) == 4  # the same data elsewhere
+    write_dataset("data/toy", n_users=60, n_items=40)
+    features = np.load(toy / "text_feat.npy")
+    np.save(toy / "text_mask.npy", np.arange(40) > 0)
+    refuses(ConfigError, lambda: run(recipe), "trained on another text mask (none)", toy, "remove it")
+    (toy / "text_mask.npy").unlink()
+    np.save(toy / "text_feat.npy", features + 1)
+    refuses(ConfigError, lambda: run(recipe), "trained on other text features", toy)
+    np.save(toy / "text_feat.npy", features)
+    np.save(toy / "audio_feat.npy", features)
+    refuses(ConfigError, lambda: run(recipe), "trained on other audio features (None)", toy)
+    refuses(ConfigError, lambda: run(recipe, **{"data.dir": str(write_dataset("other", n_users=60, n_items=40, seed=1))}), "another split")
+    assert len(trained) == 4
+
+
+def test_a_kept_run_of_other_code_is_told(recipe, trained, monkeypatch):
+    run(recipe)
+    said = []
+    monkeypatch.setattr(sweep, "code_version", lambda: "9.9.9+abc")
+    planned = jobs(read_sweep(str(recipe)), ["toy"], ["vbpr"], [1, 2], QUICK)
+    assert len(sweep.run_jobs(planned, lambda job, how: None, said.append)) == len(said) == 4
+    assert all("other code" in line and "9.9.9+abc" in line for line in said)
+    assert len(trained) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\n", b'{"event": "start"', None])
+def test_a_run_that_cannot_be_read_is_begun_anew(recipe, trained, tmp_path, content):
+    run(recipe)
+    path = tmp_path / "runs" / trained[1] / "metrics.jsonl"
+    path.unlink() if content is None else path.write_bytes(content)
+    assert len(run(recipe)) == 4
+    assert trained[4:] == [trained[1]]
+    assert read_history(path.parent).state == "finished"
+
+
+def test_an_interruption_ends_the_sweep(recipe, monkeypatch):
+    def train(config, write, memory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+
+
+@pytest.mark.parametrize("error", [TrainingError("loss became nan"), RuntimeError("out of memory\nsee above"), OSError("disk full")])
+def test_one_failure_does_not_keep_the_others_from_running(recipe, monkeypatch, capsys, error):
     real = sweep.train
 
     def train(config, write, memory):
         if config.name.endswith("s1-rho-1"):
-            raise TrainingError("loss became nan")
+            raise error
         return real(config, write, memory=memory)
 
     monkeypatch.setattr(sweep, "train", train)
@@ -104,7 +162,8 @@ def test_one_failure_does_not_keep_the_others_from_running(recipe, monkeypatch, 
     with pytest.raises(SystemExit):
         main(["sweep", str(recipe), "--dataset", "toy", "--seeds", "1,2", "-c", settings])
     shown = capsys.readouterr()
-    assert "1 of 4 runs failed: sweep-mine-toy-vbpr-s1-rho-1 (failed: loss became nan)" in shown.err
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    assert f"1 of 4 runs failed: sweep-mine-toy-vbpr-s1-rho-1 (failed: {reason})" in shown.err
     assert "4/4 sweep-mine-toy-vbpr-s2-rho-1: finished" in shown.out
 
 

@@ -108,7 +108,7 @@ def read_own(interactions: Path, features: Mapping[str, Path], options: Options)
         item_column=options.item_column,
         time_column=options.time_column,
         split_column=options.split_column,
-        rule_given=bool(options.rule),
+        rule=options.rule,
     )
     user_ids, item_ids = sorted_ids(table.users), sorted_ids(table.items)
     parts, rule, notes = split_interactions(table, user_ids, item_ids, options.rule, options.seed)

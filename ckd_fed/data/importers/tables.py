@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ckd_fed.data.splits import TIMED
 from ckd_fed.errors import DataError, unknown
 
 TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".inter")
@@ -112,8 +113,9 @@ def read_text_table(path: Path, wanted: Sequence[str] | None = None) -> TextTabl
     keep = [name for name in names if wanted is None or name in wanted]
     lines: Sequence[int]
     if path.suffix == ".parquet":
-        table = open_parquet(path).read(columns=keep)
-        columns = {name: [id_text(path, name, k, value) for k, value in enumerate(table[name].to_pylist(), 1)] for name in keep}
+        with parquet_faults(path):
+            table = open_parquet(path).read(columns=keep)
+            columns = {name: [id_text(path, name, k, value) for k, value in enumerate(table[name].to_pylist(), 1)] for name in keep}
         lines = range(1, table.num_rows + 1)
     else:
         rows = text_rows(path)
@@ -138,13 +140,21 @@ def open_parquet(path: Path) -> Any:
         DataError: pyarrow is not installed, or the file is damaged.
     """
     try:
-        import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise DataError(f"{path}: parquet needs pyarrow; install it with pip install 'ckd_fed[data]', or save the table as CSV") from None
-    try:
+    with parquet_faults(path):
         return parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+
+
+@contextmanager
+def parquet_faults(path: Path) -> Iterator[None]:
+    """What reading a damaged parquet file ends in, or one with values that Python has no form for, as a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())[:120]}") from None
 
 
@@ -158,8 +168,6 @@ def id_text(path: Path, column: str, row: int, value: object) -> str:
         raise DataError(f"{path}, row {row}: {column} is {value}, which is no id")
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    if isinstance(value, datetime):
-        return value.isoformat()
     if value is None or isinstance(value, (bool, list, dict)):
         raise DataError(f"{path}, row {row}: {column} is {value}, which is no id")
     return str(int(value)) if isinstance(value, float) else str(value)
@@ -201,7 +209,7 @@ class InteractionTable:
 
 
 def read_interactions(
-    path: Path, *, user_column: str = "", item_column: str = "", time_column: str = "", split_column: str = "", rule_given: bool = False
+    path: Path, *, user_column: str = "", item_column: str = "", time_column: str = "", split_column: str = "", rule: str = ""
 ) -> InteractionTable:
     """Read a table of interactions.
 
@@ -210,26 +218,35 @@ def read_interactions(
     Args:
         path: the file.
         user_column, item_column, time_column, split_column: names; by default those usual in the field.
-        rule_given: a split rule was asked for, so a column that merely looks like a split is not used.
+        rule: the split rule that was asked for, if any; then a column that merely looks like a split is not used.
 
     Raises:
-        DataError: a column is missing or holds something else, or one pair is in two parts.
+        DataError: a column is missing (one of times too, where the rule needs them) or holds something else, or one pair is in two parts.
     """
     names = header(path)
     user = find_column(path, names, user_column, USER_NAMES, "user")
     item = find_column(path, names, item_column, ITEM_NAMES, "item")
     time = find_column(path, names, time_column, TIME_NAMES, "time", needed=False)
-    part = None if rule_given and not split_column else find_column(path, names, split_column, SPLIT_NAMES, "split", needed=False)
+    if time is None and rule in TIMED:
+        raise DataError(
+            f"{path} has no time column, which the split rule {rule} needs; name it with --time-column (columns: {', '.join(names)[:200]}), "
+            "or choose --split random"
+        )
+    part = None if rule and not split_column else find_column(path, names, split_column, SPLIT_NAMES, "split", needed=False)
     assert user is not None
     assert item is not None
     if user == item:
         raise DataError(f"{path}: {user!r} cannot be both the user and the item column")
-    table = read_text_table(path, [name for name in (user, item, time, part) if name])
+    typed_time = time if path.suffix == ".parquet" else None  # has a type of its own there, and is no text
+    table = read_text_table(path, [name for name in (user, item, None if typed_time else time, part) if name])
     users, items = table.columns[user], table.columns[item]
     for column, entries in ((user, users), (item, items)):
         if "" in entries:
             raise DataError(f"{path}, line {table.lines[entries.index('')]}: {column} is empty")
-    times = _times(table, time) if time else None
+    if typed_time:
+        times: np.ndarray | None = _parquet_times(path, typed_time, len(users))
+    else:
+        times = _times(path, time, table.columns[time], table.lines) if time else None
     parts = _parts(table, part) if part else None
     chosen: dict[tuple[str, str], int] = {}
     for k, pair in enumerate(zip(users, items, strict=True)):
@@ -252,9 +269,39 @@ def read_interactions(
     )
 
 
-def _times(table: TextTable, column: str) -> np.ndarray:
-    values = np.empty(len(table.lines))
-    for k, text in enumerate(table.columns[column]):
+def _parquet_times(path: Path, column: str, rows: int) -> np.ndarray:
+    """A column of numbers, of moments (then seconds since 1970) or of texts."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    kinds = pyarrow.types
+    with parquet_faults(path):
+        values = open_parquet(path).read(columns=[column])[column]
+        if len(values) != rows:
+            raise DataError(f"{path} is no readable parquet file: {column} has {len(values):,} entries, the ids have {rows:,}")
+        if kinds.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        if values.null_count:
+            raise DataError(f"{path}, row {compute.index(values.is_null(), True).as_py() + 1}: {column} is empty; every interaction needs a time")
+        if kinds.is_string(values.type) or kinds.is_large_string(values.type):
+            return _times(path, column, values.to_pylist(), range(1, len(values) + 1))
+        if kinds.is_date(values.type):
+            values = values.cast(pyarrow.timestamp("ms"))
+        if kinds.is_timestamp(values.type):
+            moments = values.cast(pyarrow.int64()).to_numpy() / {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
+        elif kinds.is_integer(values.type) or kinds.is_floating(values.type) or kinds.is_decimal(values.type):
+            moments = values.cast(pyarrow.float64(), safe=False).to_numpy()
+        else:
+            raise DataError(f"{path}: the column {column!r} holds {values.type}; numbers, moments or ISO dates are needed")
+    bad = np.flatnonzero(~np.isfinite(moments))
+    if len(bad):
+        raise DataError(f"{path}, row {bad[0] + 1}: {column} is {moments[bad[0]]}; every interaction needs a time")
+    return moments
+
+
+def _times(path: Path, column: str, texts: Sequence[str], lines: Sequence[int]) -> np.ndarray:
+    values = np.empty(len(texts))
+    for k, text in enumerate(texts):
         value = math.nan
         with suppress(ValueError):
             value = float(text)
@@ -263,7 +310,7 @@ def _times(table: TextTable, column: str) -> np.ndarray:
                 moment = datetime.fromisoformat(text)
                 value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         if not math.isfinite(value):
-            raise DataError(f"{table.path}, line {table.lines[k]}: {column} is {text[:40]!r}; a number or an ISO date such as 2014-07-23 is needed")
+            raise DataError(f"{path}, line {lines[k]}: {column} is {text[:40]!r}; a number or an ISO date such as 2014-07-23 is needed")
         values[k] = value
     return values
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ckd_fed.data.features import open_npy
-from ckd_fed.data.importers.tables import TEXT_ENDINGS, find_column, header, id_text, open_parquet, text_rows
+from ckd_fed.data.importers.tables import TEXT_ENDINGS, find_column, header, id_text, open_parquet, parquet_faults, text_rows
 from ckd_fed.errors import DataError
 
 ID_NAMES = ("item", "item_id", "itemid", "iid", "asin", "id", "ids", "item_ids")
 _ARRAYS = ("features", "feature", "feat", "embeddings", "embedding", "vectors", "x")
+_INDEX = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # what pandas calls an index without a name, in CSV and in parquet
+_BATCH = 1024  # rows of a parquet file at a time
 ENDINGS = (".npy", ".npz", ".safetensors", ".parquet", *TEXT_ENDINGS)
 
 
@@ -27,11 +31,13 @@ class Vectors:
         path: the file.
         ids: of the items, one a row; None if the file has none and rows are to be taken for ids.
         matrix: shape ``(rows, dimension)``, floats; NaN in a whole row where an item has no vector.
+        notes: what was left out on reading, in words.
     """
 
     path: Path
     ids: list[str] | None
     matrix: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 def sidecar(path: Path) -> Path | None:
@@ -74,7 +80,7 @@ def read_vectors(path: Path, id_column: str = "") -> Vectors:
         raise DataError(f"{path} has shape {matrix.shape} and dtype {matrix.dtype}; a matrix of numbers with one row an item is needed")
     if vectors.ids is not None and len(vectors.ids) != len(matrix):
         raise DataError(f"{path} has {len(matrix):,} rows but {len(vectors.ids):,} ids; one id a row is needed")
-    return vectors if matrix.dtype.kind == "f" else Vectors(path, vectors.ids, matrix.astype(np.float32))
+    return vectors if matrix.dtype.kind == "f" else replace(vectors, matrix=matrix.astype(np.float32))
 
 
 def align(vectors: Vectors, item_ids: Sequence[str], rows_are_ids: bool = False) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -129,7 +135,7 @@ def align(vectors: Vectors, item_ids: Sequence[str], rows_are_ids: bool = False)
     mask = there & ~empty
     if not mask.any():
         raise DataError(f"{vectors.path} has no vector for any item of the interactions: all of them are empty")
-    notes = []
+    notes = list(vectors.notes)
     name = vectors.path.name
     if not there.all():
         notes.append(
@@ -171,9 +177,7 @@ def _id_list(path: Path, ids: np.ndarray) -> list[str]:
 
 def _pick(path: Path, names: Sequence[str], shapes: Mapping[str, int], id_column: str) -> tuple[str, str | None]:
     """Name of the matrix and of the ids among named arrays; ``shapes`` gives their numbers of axes."""
-    ids = id_column or next((name for name in names if name.lower() in ID_NAMES), None)
-    if ids is not None and ids not in names:
-        raise DataError(f"{path} has no {ids!r} (it has: {', '.join(names)})")
+    ids = find_column(path, names, id_column, ID_NAMES, "id", needed=False)
     others = [name for name in names if name != ids]
     matrices = [name for name in others if name.lower() in _ARRAYS] or [name for name in others if shapes[name] == 2]
     if len(matrices) != 1:
@@ -203,6 +207,8 @@ def _read_safetensors(path: Path, id_column: str) -> Vectors:
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is no readable .safetensors file: {' '.join(str(error).split())[:100]}") from None
     features, ids = _pick(path, list(arrays), {name: array.ndim for name, array in arrays.items()}, id_column)
+    if ids and listed is not None and not id_column:
+        raise DataError(f"{path} has ids in the tensor {ids!r} and in its metadata; say --id-column {ids} if the tensor's are meant")
     if ids:
         return Vectors(path, _id_list(path, arrays[ids]), arrays[features])
     if listed is None:
@@ -216,60 +222,85 @@ def _read_safetensors(path: Path, id_column: str) -> Vectors:
     return Vectors(path, [id_text(path, "id", row, name) for row, name in enumerate(names, 1)], arrays[features])
 
 
+def _columns(path: Path, names: Sequence[str], id_column: str) -> tuple[int, list[int], tuple[str, ...]]:
+    """Positions of the ids and of the vector's columns in a table, and notes: an index that pandas wrote beside them is no feature."""
+    ids = names.index(str(find_column(path, names, id_column, ID_NAMES, "id")))
+    others = [k for k in range(len(names)) if k != ids]
+    index = [k for k in others if _INDEX.fullmatch(names[k])]
+    if len(others) == len(index):
+        raise DataError(f"{path} has no column but the ids")
+    notes = tuple(f"{path.name}: the column {names[k]!r} is an index that pandas wrote and was left out" for k in index)
+    return ids, [k for k in others if k not in index], notes
+
+
 def _read_parquet(path: Path, id_column: str) -> Vectors:
+    """Batch by batch into one array: a vector as a list of Python floats would take several times its memory."""
     import pyarrow
 
-    names = header(path)
-    column = find_column(path, names, id_column, ID_NAMES, "id")
+    at, keep, notes = _columns(path, header(path), id_column)
+    file = open_parquet(path)
+    columns, rows, kinds = [file.schema_arrow.field(k) for k in keep], file.metadata.num_rows, pyarrow.types
+    lists = len(columns) == 1 and any(test(columns[0].type) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list))
+    for column in columns:
+        kind = column.type.value_type if lists else column.type
+        if not (kinds.is_integer(kind) or kinds.is_floating(kind)):
+            raise DataError(
+                f"{path}: the column {column.name!r} holds {column.type}; numbers are needed in all columns but the ids, or one column of lists"
+            )
+    dtype = np.float64 if any(column.type == pyarrow.float64() for column in columns) else np.float32
+    ids: list[str] = []
+    matrix = np.empty((0, 0), dtype=dtype)
+    with parquet_faults(path):
+        for batch in file.iter_batches(_BATCH):
+            start = len(ids)
+            ids += [id_text(path, file.schema_arrow.names[at], row, value) for row, value in enumerate(batch.column(at).to_pylist(), start + 1)]
+            if lists:
+                block = _from_lists(path, ids[start:], batch.column(keep[0]), matrix.shape[1])
+            else:
+                block = np.stack([batch.column(k).to_numpy(zero_copy_only=False) for k in keep], axis=1)
+            if not matrix.shape[1] and block.shape[1]:  # the first vector, and the rows without one before it
+                matrix = _allocate(path, (rows, block.shape[1]), dtype)
+                matrix[:start] = np.nan
+            if matrix.shape[1]:
+                matrix[start : len(ids)] = block
+    return Vectors(path, ids, matrix, notes)
+
+
+def _allocate(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray:
     try:
-        table = open_parquet(path).read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable parquet file: {' '.join(str(error).split())[:120]}") from None
-    ids = [id_text(path, str(column), row, value) for row, value in enumerate(table[column].to_pylist(), 1)]
-    others = [name for name in names if name != column]
-    kinds = pyarrow.types
-    if len(others) == 1 and any(test(table.schema.field(others[0]).type) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)):
-        return Vectors(path, ids, _stack(path, ids, table[others[0]].to_pylist()))
-    if not others:
-        raise DataError(f"{path} has no column but the ids")
-    columns = []
-    for name in others:
-        kind = table.schema.field(name).type
-        if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)):
-            raise DataError(f"{path}: the column {name!r} holds {kind}; numbers are needed in all columns but the ids, or one column of lists")
-        columns.append(table[name].to_numpy())
-    return Vectors(path, ids, np.stack(columns, axis=1).astype(np.float64 if any(c.dtype == np.float64 for c in columns) else np.float32))
+        return np.empty(shape, dtype=dtype)
+    except (MemoryError, ValueError):
+        raise DataError(f"{path} claims {shape[0]:,} rows of {shape[1]:,} numbers, more than there is memory for; is it damaged?") from None
 
 
-def _stack(path: Path, ids: list[str], rows: list[list[float] | None]) -> np.ndarray:
-    width = next((len(row) for row in rows if row), 0)
-    matrix = np.full((len(rows), width), np.nan, dtype=np.float32)
-    for k, row in enumerate(rows):
-        if not row:
-            continue
-        if len(row) != width:
-            raise DataError(f"{path}: the item {ids[k][:40]!r} has {len(row)} numbers, those before have {width}")
-        try:
-            matrix[k] = np.array(row, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise DataError(f"{path}: the item {ids[k][:40]!r} has something else than numbers") from None
-    return matrix
+def _from_lists(path: Path, ids: Sequence[str], lists: Any, width: int) -> np.ndarray:
+    """The vectors of a column of lists, NaN where there is none; all of one width, that of those before if it is not 0."""
+    import pyarrow.compute as compute
+
+    lengths = compute.fill_null(compute.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    there = np.flatnonzero(lengths)
+    width = width or (int(lengths[there[0]]) if len(there) else 0)
+    wrong = there[lengths[there] != width]
+    if len(wrong):
+        raise DataError(f"{path}: the item {ids[wrong[0]][:40]!r} has {lengths[wrong[0]]} numbers, those before have {width}")
+    block = np.full((len(lengths), width), np.nan, dtype=np.float32)
+    if len(there):
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as that
+            block[there] = lists.take(there).flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return block
 
 
 def _read_text(path: Path, id_column: str) -> Vectors:
     names = header(path)
-    column = find_column(path, names, id_column, ID_NAMES, "id")
-    at = names.index(str(column))
-    if len(names) < 2:
-        raise DataError(f"{path} has no column but the ids")
+    at, keep, notes = _columns(path, names, id_column)
     rows = text_rows(path)
     next(rows)
     ids: list[str] = []
     blocks: list[np.ndarray] = []
-    for line, row in rows:
-        name = row.pop(at).strip()
+    for line, cells in rows:
+        name, row = cells[at].strip(), [cells[k] for k in keep]
         if not name:
-            raise DataError(f"{path}, line {line}: {column} is empty")
+            raise DataError(f"{path}, line {line}: {names[at]} is empty")
         ids.append(name)
         if not any(cell.strip() for cell in row):
             blocks.append(np.full(len(row), np.nan, dtype=np.float32))
@@ -278,11 +309,10 @@ def _read_text(path: Path, id_column: str) -> Vectors:
             blocks.append(np.array(row, dtype=np.float64).astype(np.float32))
         except ValueError:
             wrong = next(k for k, cell in enumerate(row) if not _is_number(cell))
-            others = [name for name in names if name != column]
-            raise DataError(f"{path}, line {line}: {others[wrong]} is {row[wrong][:40]!r}; a number is needed") from None
+            raise DataError(f"{path}, line {line}: {names[keep[wrong]]} is {row[wrong][:40]!r}; a number is needed") from None
     if not blocks:
         raise DataError(f"{path} has a header but no rows")
-    return Vectors(path, ids, np.stack(blocks))
+    return Vectors(path, ids, np.stack(blocks), notes)
 
 
 def _is_number(text: str) -> bool:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import tracemalloc
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from ckd_fed.data.dataset import load_dataset
 from ckd_fed.data.draft import write_draft
 from ckd_fed.data.importers.detect import read_draft
 from ckd_fed.data.importers.own import Options, sorted_ids
-from ckd_fed.data.importers.vectors import modality_of
+from ckd_fed.data.importers.tables import read_interactions
+from ckd_fed.data.importers.vectors import modality_of, read_vectors
 from ckd_fed.errors import DataError
 
 NAMES = [f"sku-{item:02d}" for item in range(14)]
@@ -80,6 +83,91 @@ def test_missing_items_are_masked_and_extra_ones_dropped(own, problem, bring, en
     np.testing.assert_array_equal(dataset.features["image"], np.where(mask[:, None], problem[1]["image"], 0))
     assert "text" not in dataset.masks
     assert [note.partition(": ")[2][:15] for note in notes(dataset)] == ["8 of 14 items h", "2 rows belong t"]
+
+
+def list_types(pa):
+    return [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 4), pa.list_(pa.int64()), pa.list_(pa.float16())]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_lists_of_every_kind_over_several_batches(tmp_path, which):
+    """The first batch has no vector at all, the others have gaps."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    matrix = np.random.default_rng(0).integers(-99, 99, (2500, 4)).astype(np.float32)
+    rows = [None if k < 1100 or k % 7 == 0 else row for k, row in enumerate(matrix.astype(np.float16) if which == 4 else matrix.tolist())]
+    table = pa.table({"id": range(2500), "vector": pa.array(rows, list_types(pa)[which])})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=700)
+    found = read_vectors(tmp_path / "x.parquet")
+    assert found.matrix.dtype == np.float32
+    assert found.ids == [str(k) for k in range(2500)]
+    for k, row in enumerate(rows):
+        np.testing.assert_array_equal(found.matrix[k], np.full(4, np.nan) if row is None else row)
+
+
+def test_lists_take_the_memory_of_the_array_that_they_become(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    matrix = np.random.default_rng(0).normal(size=(20_000, 64)).astype(np.float32)
+    vectors = pa.FixedSizeListArray.from_arrays(matrix.ravel(), 64)
+    parquet.write_table(pa.table({"id": range(len(matrix)), "vector": vectors}), tmp_path / "x.parquet")
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    found = read_vectors(tmp_path / "x.parquet")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found.matrix, matrix)
+    assert peak < 2 * matrix.nbytes
+    assert pa.total_allocated_bytes() - before < matrix.nbytes
+
+
+@pytest.mark.parametrize(("change", "mentions"), [
+    (lambda rows: [*rows[:5], rows[5][:3], *rows[6:]], ["'sku-05' has 3 numbers, those before have 4"]),
+    (lambda rows: [*rows[:5], [1.0, None, 2.0, 3.0], *rows[6:]], ["'sku-05' has nan in column 2"]),
+    (lambda rows: [*rows[:5], [1.0, 1e300, 2.0, 3.0], *rows[6:]], ["'sku-05' has inf in column 2"]),
+    (lambda rows: [list(map(str, row)) for row in rows], ["'vector' holds list", "numbers are needed"]),
+    (lambda rows: [[row] for row in rows], ["'vector' holds list", "numbers are needed"]),
+    (lambda rows: [[] for _ in rows], ["matrix of numbers"]),
+])  # fmt: skip
+def test_lists_that_are_refused(own, problem, bring, refuses, change, mentions):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    vectors = pa.array(change(problem[1]["image"].tolist()))
+    vectors = vectors.cast(pa.list_(pa.float64())) if vectors.type == pa.list_(pa.null()) else vectors
+    parquet.write_table(pa.table({"id": NAMES, "vector": vectors}), own / "image.parquet")
+    refuses(DataError, lambda: bring(own), "image.parquet", *mentions)
+
+
+def test_the_index_that_pandas_writes_is_no_feature(own, problem, bring, same):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = parquet.read_table(own / "image.parquet")
+    parquet.write_table(table.append_column("__index_level_0__", pa.array([f"row {k}" for k in range(14)])), own / "image.parquet")
+    dataset = bring(own)
+    same(dataset)
+    assert notes(dataset) == ["image.parquet: the column '__index_level_0__' is an index that pandas wrote and was left out"]
+    parquet.write_table(
+        pa.table({"id": NAMES, "vector": problem[1]["image"].tolist(), "__index_level_0__": range(14)}),
+        own / "image.parquet",
+    )
+    same(bring(own))
+    (own / "image.parquet").unlink()
+    for name in ("", "Unnamed: 0"):
+        rows = [[k, sku, *vector] for k, (sku, vector) in enumerate(zip(NAMES, problem[1]["image"].tolist(), strict=True))]
+        (own / "image.csv").write_text("\n".join(",".join(map(str, row)) for row in [[name, "item_id", *"abcd"], *rows]))
+        dataset = bring(own)
+        same(dataset)
+        assert notes(dataset) == [f"image.csv: the column {name!r} is an index that pandas wrote and was left out"]
+
+
+def test_a_table_of_nothing_but_ids_and_an_index(own, bring, refuses):
+    (own / "image.parquet").unlink()
+    (own / "image.csv").write_text(",item_id\n" + "".join(f"{k},{name}\n" for k, name in enumerate(NAMES)))
+    refuses(DataError, lambda: bring(own), "image.csv", "no column but the ids")
 
 
 def test_an_empty_vector_is_a_missing_one_but_half_a_vector_is_a_fault(own, problem, bring, refuses):
@@ -150,6 +238,76 @@ def test_a_rule_goes_before_a_column_that_looks_like_a_split(own, bring, refuses
     refuses(DataError, lambda: bring(own, rule="randm"), "did you mean 'random'")
 
 
+@pytest.mark.parametrize("rule", ["leave-one-out", "temporal"])
+def test_a_rule_that_goes_by_time_needs_a_time_column(own, bring, refuses, rule):
+    (own / "clicks.csv").write_text((own / "clicks.csv").read_text().replace("timestamp", "when"))
+    refuses(DataError, lambda: bring(own, rule=rule), "clicks.csv", rule, "--time-column", "user_id, item_id, when, split")
+    dataset = bring(own, rule=rule, time_column="when")
+    assert json.loads((dataset.directory / "manifest.json").read_text())["split"]["rule"] == rule
+
+
+def time_columns(pa):
+    """Columns of five moments, each after the one before, by what they are made of."""
+    seconds = [1_400_000_000 + k for k in range(5)]
+    nanoseconds = [1_400_000_000_000_000_001 + 1000 * k for k in range(5)]
+    return {
+        "float seconds": pa.array([second + 0.25 for second in seconds]),
+        "integers": pa.array(seconds),
+        "decimals": pa.array([Decimal(second) for second in seconds]),
+        "nanoseconds": pa.array(nanoseconds, pa.timestamp("ns")),
+        "nanoseconds with a zone": pa.array(nanoseconds, pa.timestamp("ns", "Europe/Paris")),
+        "seconds": pa.array(seconds, pa.timestamp("s")),
+        "dates": pa.array([16_000 + k for k in range(5)], pa.date32()),
+        "texts": pa.array([f"2014-05-1{k}" for k in range(5)]),
+        "categories": pa.array([f"2014-05-1{k}T00:00:00Z" for k in range(5)]).dictionary_encode(),
+    }
+
+
+@pytest.mark.parametrize("kind", [
+    "float seconds", "integers", "decimals", "nanoseconds", "nanoseconds with a zone", "seconds", "dates", "texts", "categories",
+])  # fmt: skip
+def test_times_in_parquet_are_read_as_what_they_are(tmp_path, kind):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = time_columns(pa)[kind].take(pa.array([3, 0, 4, 1, 2]))
+    parquet.write_table(pa.table({"user": ["a"] * 5, "item": list("vwxyz"), "time": column}), tmp_path / "log.parquet")
+    times = read_interactions(tmp_path / "log.parquet").times
+    assert times.argsort().tolist() == [1, 3, 4, 0, 2]
+    assert 1.38e9 < times.min() < times.max() < 1.41e9
+
+
+def test_times_in_parquet_that_are_refused(tmp_path, refuses):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "log.parquet"
+    for column, mentions in (
+        ([1.5, None, 2.5], ["row 2: time is empty"]),
+        ([1.5, 2.5, float("nan")], ["row 3: time is nan"]),
+        ([None, None, None], ["row 1: time is empty"]),
+        (["2014-05-01", "yesterday", "2014-05-02"], ["line 2: time is 'yesterday'", "ISO date"]),
+        ([True, False, True], ["'time' holds bool"]),
+    ):
+        parquet.write_table(pa.table({"user": list("aab"), "item": list("xyz"), "time": column}), path)
+        refuses(DataError, lambda: read_interactions(path), path, *mentions)
+    moments = pa.array([1, 2, 3], pa.timestamp("ns"))
+    parquet.write_table(pa.table({"user": moments, "item": list("xyz")}), path)
+    refuses(DataError, lambda: read_interactions(path), path)  # moments are no ids
+
+
+def test_a_damaged_page_names_the_file(tmp_path, refuses):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "log.parquet"
+    parquet.write_table(pa.table({"user": [f"u{k}" for k in range(500)], "item": range(500)}), path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[60:200] = bytes(140)
+    path.write_bytes(content)
+    refuses(DataError, lambda: read_interactions(path), path, "no readable parquet file")
+
+
 def test_repeated_rows_keep_the_earliest_time(tmp_path, bring):
     rows = [("a", "x", 9), ("a", "y", 2), ("a", "z", 3), ("b", "x", 1), ("b", "y", 2), ("b", "z", 3), ("a", "x", 1)]
     (tmp_path / "log.csv").write_text("user,item,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
@@ -198,6 +356,30 @@ def test_an_id_twice(own, problem, bring, refuses, same):
     refuses(DataError, lambda: bring(own), "text.npz", "sku-03", "rows 4 and 15")
 
 
+@pytest.mark.parametrize("ending", [".csv", ".npz", ".safetensors", ".parquet"])
+def test_of_several_ids_none_is_chosen_by_luck(own, problem, bring, refuses, ending):
+    (own / "image.parquet").unlink()
+    path, rows, matrix = own / f"image{ending}", np.arange(14), problem[1]["image"]
+    if ending == ".csv":
+        np.savetxt(path, np.column_stack([rows, rows[::-1], matrix]), delimiter=",", header="id,item_id,a,b,c,d", comments="")
+    elif ending == ".npz":
+        np.savez(path, id=rows, item_id=rows[::-1], features=matrix)
+    elif ending == ".safetensors":
+        save_file({"id": rows, "item_id": rows[::-1].copy(), "features": matrix}, path)
+    else:
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"id": rows, "item_id": rows[::-1], "vector": matrix.tolist()}), path)
+    refuses(DataError, lambda: bring(own), path, "2 columns that could be the id (id, item_id)", "--id-column")
+
+
+def test_ids_in_a_tensor_and_in_the_metadata(own, problem, bring, refuses):
+    (own / "image.parquet").unlink()
+    save_file({"ids": np.arange(14), "features": problem[1]["image"]}, own / "image.safetensors", metadata={"ids": json.dumps(NAMES)})
+    refuses(DataError, lambda: bring(own), "image.safetensors", "in the tensor 'ids' and in its metadata", "--id-column ids")
+
+
 def test_features_that_are_refused(own, problem, bring, refuses):
     matrix = problem[1]["text"]
     np.savez(own / "text.npz", ids=NAMES[:-1], features=matrix)
@@ -226,6 +408,13 @@ def test_features_that_are_refused(own, problem, bring, refuses):
 def test_two_files_for_one_modality(own, bring, refuses):
     (own / "image.csv").write_text("id,a\nsku-00,1\n")
     refuses(DataError, lambda: bring(own), "image.csv", "image.parquet", "--features")
+
+
+@pytest.mark.parametrize("name", ["a/b", "keys", "forward", "my text", "text.v2", "bild\u00e9", "..", ""])
+def test_a_modality_that_no_run_takes_is_refused(own, bring, refuses, tmp_path, name):
+    features = {name: own / "image.parquet"}
+    refuses(DataError, lambda: bring(own, features=features), f"modality {name!r} cannot be used", "--features NAME=FILE")
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize(("name", "modality"), [
