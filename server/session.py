@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from flwr.serverapp import Grid
 
-from ckd_fed.config import Config, flatten, resolve
+from ckd_fed.config import Config, resolve
 from ckd_fed.data.locate import standin_notice
 from ckd_fed.errors import ConfigError, DataError, EnrolmentError, FinalError, ReplyError
 from ckd_fed.home import code_version, home
@@ -19,6 +18,7 @@ from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking.console import no_counterfactual_notice
 from ckd_fed.tracking.record import Record, run_name, sole_writer
 from ckd_fed.tracking.result import RunResult
+from ckd_fed.tracking.resume import find_run, resumed_config
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.early_stopping import EarlyStopping
 from server.checkpoints import FINISHED, RunState, load_state
@@ -27,9 +27,6 @@ from server.exchange import Exchange
 from server.federation import Federation
 from server.traffic import traffic_lines
 
-# What may be set anew when a run is gone on with; everything else decides its result.
-FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "federation.", "tracking.")
-_FIXED = ("federation.teacher_epochs", "federation.student_workers", "federation.stretch_mb")  # the last decides when workers are averaged
 _FORGET_SECONDS = 30.0  # a message takes 6 to 16 s in a deployment
 
 
@@ -142,33 +139,14 @@ def resumed(asked: Config, given: Mapping[str, Any]) -> tuple[Config, RunState]:
         ConfigError: no such run, one that is finished, or a key that would change its result.
         DataError: its checkpoint is damaged.
     """
-    runs = home(asked) / "runs"
-    directory = runs / asked.resume
-    if not (directory / "config.yaml").is_file():
-        there = sorted(path.name for path in runs.iterdir() if (path / "config.yaml").is_file()) if runs.is_dir() else []
-        raise ConfigError(f"resume: there is no run {asked.resume!r} in {runs} (runs there: {', '.join(there[-5:]) or 'none'})")
+    directory = find_run(home(asked) / "runs", asked.resume)
     try:
         state = load_state(directory)
     except DataError as error:
         raise DataError(f"resume: {error}; a run leaves its first checkpoint once its nodes are enrolled, start it afresh") from None
     if state.phase == FINISHED:
         raise ConfigError(f"resume: run {asked.resume!r} is finished; its results are in {directory}")
-    try:
-        own = {key: value for key, value in flatten(yaml.safe_load((directory / "config.yaml").read_text())).items() if value != ""}
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise DataError(f"resume: {directory / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from None
-    wanted = {key: value for key, value in flatten(given).items() if value != ""}
-    for key, value in wanted.items():
-        if not _free(key) and own.get(key, "") != value:
-            shown = key.replace("_", "-")
-            raise ConfigError(
-                f"resume: {shown} is {value!r} here, the run {asked.resume!r} has {own.get(key, '')!r}; leave {shown} out, or start a new run"
-            )
-    return resolve(own, {key: value for key, value in wanted.items() if _free(key)}), state
-
-
-def _free(key: str) -> bool:
-    return key not in _FIXED and any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+    return resumed_config(directory, given), state
 
 
 def _same(state: RunState, plan: Plan) -> None:

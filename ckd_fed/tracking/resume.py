@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from ckd_fed.config import Config, flatten, resolve
+from ckd_fed.config import Config, flatten, restore
 from ckd_fed.errors import ConfigError, DataError
 
 # What may be set anew when a run is gone on with; everything else decides its result.
 FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "federation.", "tracking.")
-FIXED = ("federation.teacher_epochs", "federation.student_workers")
+FIXED = ("federation.teacher_epochs", "federation.student_workers", "federation.stretch_mb")  # the last decides when workers are averaged
 
 
 def find_run(runs: Path, name: str) -> Path:
@@ -29,31 +29,31 @@ def find_run(runs: Path, name: str) -> Path:
     return directory
 
 
-def resumed_config(directory: Path, given: Mapping[str, Any], fixed: tuple[str, ...] = FIXED) -> Config:
+def resumed_config(directory: Path, given: Mapping[str, Any]) -> Config:
     """A run's own configuration; what is given may repeat it, or change what does not decide the result.
 
     Args:
         directory: of the run.
         given: overrides, ``resume`` among them.
-        fixed: keys within :data:`FREE` that may not be changed all the same.
 
     Raises:
         ConfigError: a key would change the result.
         DataError: the run's configuration is damaged.
     """
     try:
-        own = {key: value for key, value in flatten(yaml.safe_load((directory / "config.yaml").read_text())).items() if value != ""}
+        own = flatten(yaml.safe_load((directory / "config.yaml").read_text()))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise DataError(f"resume: {directory / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from None
     wanted = {key: value for key, value in flatten(given).items() if value != ""}
 
-    def is_free(key: str) -> bool:
-        return key not in fixed and any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
-
     for key, value in wanted.items():
-        if not is_free(key) and own.get(key, "") != value:
+        if not _is_free(key) and own.get(key, "") != value:
             shown = key.replace("_", "-")
             raise ConfigError(
                 f"resume: {shown} is {value!r} here, the run {directory.name!r} has {own.get(key, '')!r}; leave {shown} out, or start a new run"
             )
-    return resolve(own, {key: value for key, value in wanted.items() if is_free(key)})
+    return restore(own, {key: value for key, value in wanted.items() if _is_free(key)})
+
+
+def _is_free(key: str) -> bool:
+    return key not in FIXED and any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
