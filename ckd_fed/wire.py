@@ -14,9 +14,10 @@ score      teacher m                       the same, epochs of a stretch, number
 distil     a lone student                  weights, early stopping, sheets with hashes      weights, best weights, rows of validations
 distil     one of several student workers  weights, sheets of margins with their hashes     weights, means of the stretch
 evaluate   student worker                  weights, part of the split, share of the users   sums of metrics; of a test by user and group
+forget     every node, of a finished run   configuration                                    nothing
 =========  ==============================  ===============================================  ============================================
 
-Features, interactions and a teacher's parameters appear in none of them. Every reply but a card says by fingerprints what it was made with
+Features, interactions and a teacher's parameters appear in none of them. Every reply of a role says by fingerprints what it was made with
 (:class:`Holdings`), because a node may have been given other files or code since it enrolled.
 """
 
@@ -45,7 +46,7 @@ _KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|
 MODALITY = re.compile(r"[\w.\- ]+")  # names that metrics may hold
 _METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
-QUERY_ACTIONS = ("enrol", "test", "score", "evaluate")
+QUERY_ACTIONS = ("enrol", "test", "score", "evaluate", "forget")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Stamp:
         run: name of the run.
         action: see the module's table.
         round: the run's round counter.
-        role: ``teacher/<m>``, ``plain``, ``student/<w>``, or ``node/<id>`` for enrolment.
+        role: ``teacher/<m>``, ``plain``, ``student/<w>``, or ``node/<id>`` where a node is asked in no role.
         nonce: drawn anew for every request, so that an answer to an earlier request for the same thing is not taken for this one's.
     """
 
@@ -191,7 +192,7 @@ def reply(
 ) -> Message:
     """A node's answer: its stamp, numbers (floats, or lists of them), arrays and further scalars.
 
-    Two of these are every reply's: ``busy``, the seconds it took, and ``holds``, a node's :class:`Holdings` as JSON.
+    ``busy`` is the seconds it took, and ``holds`` the :class:`Holdings` of a role as JSON.
     """
     content = RecordDict({"reply": ConfigRecord({"protocol": PROTOCOL, **asdict(stamp), "error": "", **values})})
     if metrics:

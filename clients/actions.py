@@ -33,6 +33,12 @@ def enrol(request: Request, node: Node) -> Answer:
     return {"card": json.dumps(asdict(node.card(request.stamp.run)))}, {}, {}
 
 
+def forget(request: Request, node: Node) -> Answer:
+    """Delete what this node keeps of a run that is finished."""
+    node.forget(request.stamp.run)
+    return {}, {}, {}
+
+
 def fit(request: Request, node: Node) -> Answer:
     """Train a teacher (or the plain student) for the epochs of a round."""
     run, role, number = request.stamp.run, request.stamp.role, request.stamp.round
@@ -176,6 +182,7 @@ ACTIONS: dict[str, Callable[[Request, Node], Answer]] = {
     "score": score,
     "distil": distil,
     "evaluate": evaluate,
+    "forget": forget,
 }
 
 
@@ -190,7 +197,7 @@ def handle(message: Message, context: Context) -> Message:
             raise ReplyError(unknown("action", stamp.action, ACTIONS))
         node = Node(request.config, context.node_config)
         values, metrics, arrays = ACTIONS[stamp.action](request, node)
-        if stamp.action != "enrol":
+        if not stamp.role.startswith("node/"):
             values["holds"] = json.dumps(asdict(node.holds(stamp.role)))
     except CkdError as error:
         return refusal(message, stamp, str(error), final=isinstance(error, TrainingError))  # training is a function of what was asked

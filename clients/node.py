@@ -23,7 +23,7 @@ from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
 from ckd_fed.wire import Holdings, NodeCard
 from clients.ledger import Ledger
-from clients.workspace import Workspace, held_roles
+from clients.workspace import Workspace, delete_states, held_roles
 
 ROLES = ("teacher", "student")
 
@@ -161,6 +161,12 @@ class Node:
         """Remember a model whose parameters are others than those saved."""
         workspace = self.workspace(run, role)
         _FITS[workspace.path] = _Cached(workspace.state_id(), fit, state, exact=False)
+
+    def forget(self, run: str) -> None:
+        """Delete the models of all roles in a run."""
+        for path in [path for path in _FITS if run in path.parts]:
+            del _FITS[path]
+        delete_states(self._workspaces, run)
 
     def _dataset(self, modalities: tuple[str, ...] | None) -> Dataset:
         path, standin = locate(self.config, self.node_config)

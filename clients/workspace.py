@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,12 @@ def held_roles(root: Path, run: str) -> dict[str, int]:
         except (DataError, KeyError, ValueError, TypeError):
             continue
     return held
+
+
+def delete_states(root: Path, run: str) -> None:
+    """Delete a run's states in this node's workspace, and the folders that this leaves empty; what else lies there stays."""
+    for path in (root / run).glob("*/*.safetensors*"):
+        path.unlink(missing_ok=True)
+    for folder in (*(root / run).glob("*/"), root / run):
+        with suppress(OSError):  # something else is in it, or another node of this machine was faster
+            folder.rmdir()

@@ -89,6 +89,23 @@ class Exchange:
             item.message_id = message_id or ""
         return sent
 
+    def tell(self, action: str, nodes: Sequence[int], seconds: float) -> dict[int, str]:
+        """Ask nodes for something that is as well if it does not happen: node -> why it has not, for those where it has not."""
+        sent = self.send([(Ask(0, action, f"node/{node}"), node) for node in nodes], seconds)
+        failed = {item.node: f"no reply within {seconds:.0f} s" for item in sent}
+        waiting = {item.message_id: item for item in sent if item.message_id}
+        pause = SHORTEST
+        while waiting and time.monotonic() < sent[0].until:
+            for key, reply in self.poll(waiting).items():
+                node = waiting.pop(key).node
+                failed.pop(node)
+                if isinstance(reply, ReplyError):
+                    failed[node] = str(reply)
+            if waiting:
+                pause = min(LONGEST, pause * 1.5)
+                time.sleep(pause)
+        return failed
+
     def poll(self, waiting: Mapping[str, Sent]) -> dict[str, Reply | ReplyError]:
         """What has arrived by now: message id -> checked reply, or why it is not used."""
         arrived: dict[str, Reply | ReplyError] = {}

@@ -22,7 +22,7 @@ from ckd_fed.tracking.result import RunResult
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.early_stopping import EarlyStopping
 from server.checkpoints import FINISHED, RunState, load_state, sole_writer
-from server.enrolment import Plan, different_features, enrol
+from server.enrolment import Plan, different_features, enrol, full_name
 from server.exchange import Exchange
 from server.federation import Federation
 from server.traffic import traffic_lines
@@ -30,6 +30,7 @@ from server.traffic import traffic_lines
 # What may be set anew when a run is gone on with; everything else decides its result.
 FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "federation.", "tracking.")
 _FIXED = ("federation.teacher_epochs", "federation.student_workers", "federation.stretch_mb")  # the last decides when workers are averaged
+_FORGET_SECONDS = 30.0  # a message takes 6 to 16 s in a deployment
 
 
 @dataclass
@@ -118,7 +119,18 @@ def _run(exchange: Exchange, plan: Plan, directory: Path, state: RunState, flowe
         if config.tracking.report:
             report_quietly(record.directory, write)
     federation.finish()
+    _forget(exchange, federation, write)
     return Session(result, federation)
+
+
+def _forget(exchange: Exchange, federation: Federation, write: Callable[[str], None]) -> None:
+    """Have the nodes delete their workspaces of a run that is finished. Whether they do changes nothing for it."""
+    try:
+        kept = exchange.tell("forget", sorted(federation.roster.cards), _FORGET_SECONDS)
+    except Exception as error:  # above all a SuperLink that has gone
+        kept = dict.fromkeys(federation.roster.cards, f"{type(error).__name__}: {error}")
+    for node, reason in kept.items():
+        write(f"NOTE: {full_name(node, federation.roster.cards[node])} may keep its workspace/{exchange.run}, which can be deleted there ({reason})")
 
 
 def resumed(asked: Config, given: Mapping[str, Any]) -> tuple[Config, RunState]:

@@ -19,6 +19,12 @@ def processes(monkeypatch):
 
 
 @pytest.fixture
+def keep(monkeypatch):
+    """Nodes that keep their workspaces when a run is finished, so that one can look at them."""
+    monkeypatch.setattr(client_node.Node, "forget", lambda self, run: None)
+
+
+@pytest.fixture
 def federate(tmp_path):
     """Run a federation to its end over a loopback grid and return (result, grid, federation)."""
 

@@ -322,7 +322,7 @@ def test_two_nodes_with_different_splits(tmp_path, write_dataset, federate, refu
     refuses(EnrolmentError, lambda: federate({"dataset": "toy"}, nodes=nodes), "different splits")
 
 
-def test_a_teacher_node_needs_no_other_modality_on_its_disk(tmp_path, write_dataset, federate):
+def test_a_teacher_node_needs_no_other_modality_on_its_disk(tmp_path, write_dataset, federate, keep):
     folders = {}
     for role, keep in {"image": {"image"}, "text": {"text"}, "student": {"image", "text"}}.items():
         folders[role] = write_dataset(role, n_users=30)

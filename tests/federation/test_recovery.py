@@ -157,7 +157,7 @@ def test_a_teacher_comes_back_under_another_id(action, tmp_path, homes, federate
 
 
 @pytest.mark.parametrize("action", ["fit", "test", "score"])
-def test_a_hot_spare_takes_over_with_the_same_margins(action, tmp_path, homes, federate):
+def test_a_hot_spare_takes_over_with_the_same_margins(action, tmp_path, homes, federate, keep):
     """It has never trained; from the same data, seed and code it arrives at the same teacher."""
     nodes = homes("image", "text", "student", "text")
     federate(SMALL, nodes=nodes, run="undisturbed")

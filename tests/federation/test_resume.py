@@ -6,9 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from flwr.app import Error, Message
 
 from ckd_fed.checkpoint import load_checkpoint, load_state, save_checkpoint
-from ckd_fed.errors import ConfigError, DataError, EnrolmentError
+from ckd_fed.errors import ConfigError, DataError, EnrolmentError, ReplyError
 from ckd_fed.tracking.record import Record, read_rows
 from clients import node as client_node
 
@@ -92,7 +93,8 @@ def test_killed_anywhere_and_resumed(workers, toy, federate, kill):
     overrides = {**SMALL, "federation.student-workers": workers, "plain": workers == 1, "federation.messaging-share": 0}
     nodes = [{"partition-id": i, "num-partitions": 2 + workers} for i in range(2 + workers)]
     _, grid, _ = federate(overrides, run="undisturbed", nodes=nodes)
-    points = range(len(nodes) + 1, len(grid.seen) - 1)  # after enrolment, the run's first checkpoint
+    before_the_end = [message for message, _ in grid.seen if not message.metadata.message_type.endswith(".forget")]
+    points = range(len(nodes) + 1, len(before_the_end) - 1)  # after enrolment, the run's first checkpoint
     draw = random.Random(workers)
     for index, point in enumerate(draw.sample(points, 10 if workers == 1 else 4)):
         kill(overrides, point, answered=index % 2 == 0, run=f"run{index}", nodes=nodes)
@@ -227,6 +229,48 @@ def test_two_processes_cannot_write_one_run(toy, federate, kill, refuses):
     with sole_writer(toy / "runs/run"):
         refuses(ConfigError, lambda: federate({"resume": "run", "name": ""}), "another process is writing")
     federate({"resume": "run", "name": ""})
+
+
+def states(toy):
+    return list((toy / "workspace").rglob("*.safetensors*"))
+
+
+def test_a_finished_run_leaves_no_workspaces_but_what_the_teachers_wrote_down(toy, federate, refuses):
+    def fail(message, reply):
+        return Message(Error(2, "boom"), reply_to=message) if message.metadata.message_type == "query.test" else reply
+
+    refuses(ReplyError, lambda: federate({**SMALL, "federation.retry-limit": 0}, run="failed", tamper=fail), "boom")
+    assert states(toy)
+    federate(SMALL, run="run")
+    assert all("failed-000001" in path.parts for path in states(toy))
+    assert {path.name for path in (toy / "runs/run/checkpoints").iterdir()} == {"best.safetensors", "last.safetensors", "state.safetensors"}
+    given = [path for path in toy.rglob("*.jsonl") if "run-000001" in str(path)]
+    assert len(given) == 2
+    assert all(any(row.get("new") for row in read_rows(path)) for path in given)
+
+
+@pytest.mark.parametrize("fault", ["refused", "gone"])
+def test_a_node_that_does_not_delete_its_workspace_changes_nothing(fault, toy, federate, monkeypatch):
+    grid_class, lines = type(federate.grid()), []
+    push = grid_class.push_messages
+
+    def fail(self, messages):
+        if messages[0].metadata.message_type == "query.forget":
+            raise ConnectionError("the SuperLink is gone")
+        return push(self, messages)
+
+    def refuse(self, run):
+        raise OSError("read-only file system")
+
+    if fault == "gone":
+        monkeypatch.setattr(grid_class, "push_messages", fail)
+    else:
+        monkeypatch.setattr(client_node.Node, "forget", refuse)
+    result, _, _ = federate(SMALL, run="run", write=lines.append)
+    assert result.outcomes["student"].test
+    assert load_state(toy / "runs/run/checkpoints/state.safetensors")["phase"] == "finished"
+    said = "the SuperLink is gone" if fault == "gone" else "read-only file system"
+    assert len([line for line in lines if "may keep its workspace/run-000001" in line and said in line]) == 2
 
 
 def test_every_round_is_checkpointed(toy, federate):

@@ -64,7 +64,7 @@ def secrets(home, run):
     return found
 
 
-def test_no_message_holds_features_interactions_or_a_teachers_parameters(toy, federate):
+def test_no_message_holds_features_interactions_or_a_teachers_parameters(toy, federate, keep):
     """Every message and reply of a run, as the bytes that Flower sends."""
     _, grid, _ = federate(SMALL)
     wire = [message_to_proto(message).SerializeToString() for pair in grid.seen for message in pair]
@@ -101,7 +101,7 @@ def ask(node_config, overrides, action="score", run="fed-000001", number=9, **va
 
 
 @pytest.fixture
-def teacher(toy, federate):
+def teacher(toy, federate, keep):
     """A teacher after a run: (a function that asks it for margins, the rows of its ledger)."""
     _, _, federation = federate(SMALL)
     learner = federation.state.learners["teacher/text"]
