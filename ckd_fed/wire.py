@@ -376,6 +376,12 @@ def read_card(answer: Reply) -> NodeCard:
     for item in fields(NodeCard):
         if type(getattr(card, item.name)) is not kinds[str(item.type)]:
             raise ReplyError(f"{answer.stamp}: its card has {item.name} = {getattr(card, item.name)!r}")
+    try:
+        features = json.loads(card.features)
+    except ValueError:
+        features = None
+    if not isinstance(features, dict) or not all(isinstance(said, str) for said in features.values()):
+        raise ReplyError(f"{answer.stamp}: its card has features = {card.features!r}")
     return card
 
 

@@ -50,8 +50,8 @@ class Plan:
 
     def features(self) -> dict[str, str]:
         """``student/<m>``, ``teacher/<m>`` -> fingerprint of the features (and mask) of m there."""
-        held = {f"student/{m}": features_of(self.card)[m] for m in self.modalities}
-        return held | {f"teacher/{m}": features_of(self.cards[node])[m] for m, node in self.teachers.items()}
+        held = {f"student/{m}": features_of(self.card).get(m, "") for m in self.modalities}
+        return held | {f"teacher/{m}": features_of(self.cards[node]).get(m, "") for m, node in self.teachers.items()}
 
     def facts(self) -> dict[str, dict[str, str]]:
         """Role -> which node plays it, on which host and device: what a run's record keeps."""

@@ -70,7 +70,7 @@ class Roster:
         card = self.cards[node]
         features = features_of(card)
         if role.startswith("teacher/"):
-            features = {(m := role.removeprefix("teacher/")): features[m]}
+            features = {m: said for m, said in features.items() if m == role.removeprefix("teacher/")}
         if holds == Holdings(card.code, card.split, features):
             return ""
         self._known.discard(node)

@@ -34,8 +34,8 @@ def record_replies(home: Path) -> list[tuple[Message, Callable[[Message], object
     sent = []
     original = Exchange.send
 
-    def send(self, asks):
-        items = original(self, asks)
+    def send(self, asks, seconds):
+        items = original(self, asks, seconds)
         sent.extend(items)
         return items
 

@@ -2,16 +2,16 @@
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from flwr.app import Error, Message
 from loopback import LoopbackGrid
 
 from ckd_fed.config import resolve
-from ckd_fed.errors import ConfigError, EnrolmentError
+from ckd_fed.errors import ConfigError, EnrolmentError, ReplyError
 from ckd_fed.training.early_stopping import EarlyStopping
-from ckd_fed.wire import NodeCard
+from ckd_fed.wire import NodeCard, Reply, Stamp, read_card
 from server.checkpoints import RunState
 from server.enrolment import assign, different_features, enrol
 from server.exchange import Exchange
@@ -111,6 +111,13 @@ def test_settings_that_cannot_come_true_fail_before_anybody_trains(cards, refuse
 def test_a_modality_whose_name_no_metric_could_hold_is_refused(name, role, refuses):
     card = replace(CARD, role=role, partitions=1, modalities=f"image,{name}", features=json.dumps({"image": "i", name: "t"}))
     refuses(EnrolmentError, lambda: assign(config(), {5: card}), f"{name}_feat.npy", "rename")
+
+
+@pytest.mark.parametrize("features", ["", "[1]", '{"text": 1}'])
+def test_a_card_whose_fingerprints_are_none_is_not_believed(features, refuses):
+    said = json.dumps(asdict(student(features=features)))
+    answer = Reply(Stamp("run", "enrol", 0, "node/5", "n"), {"card": said}, {}, {}, 0, 0.0, None)
+    refuses(ReplyError, lambda: read_card(answer), "its card has features", repr(features))
 
 
 def test_a_second_teacher_of_a_modality_is_its_hot_spare():

@@ -290,5 +290,5 @@ def test_every_round_is_checkpointed(toy, federate):
     federate(SMALL, tamper=look)
     assert list(dict.fromkeys(states)) == [
         ("teachers", 0), ("teachers", 1), ("teachers", 2), ("distillation", 2), ("distillation", 3), ("distillation", 4), ("distillation", 5),
-        ("distillation", 6),
+        ("distillation", 6), ("finished", 6),
     ]  # fmt: skip

@@ -104,7 +104,7 @@ def ask(node_config, overrides, action="score", run="fed-000001", number=9, role
 
 
 @pytest.fixture
-def teacher(toy, federate):
+def teacher(toy, federate, keep):
     """A teacher after a run: (a function that asks it for margins, the rows of its ledger)."""
     _, _, federation = federate(SMALL)
     learner = federation.state.learners["teacher/text"]
