@@ -187,6 +187,13 @@ def test_files_that_are_not_there(files, tmp_path, encoder, capsys):
     assert "meta_Baby.json.gz does not exist" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_opened(files, refuses):
+    path = files[0] / "reviews_Baby_5.json.gz"
+    path.unlink()
+    path.mkdir()
+    refuses(DataError, lambda: read_reviews(path), path, "after line 0")
+
+
 def test_images_out_of_step_or_twice(files, refuses):
     directory, asins = files
     path, ids = directory / "image_features_Baby.b", sorted(asins[:ITEMS])
