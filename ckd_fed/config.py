@@ -8,6 +8,7 @@ Values come in layers, later ones winning: the defaults below, ``configs/dataset
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -316,11 +317,27 @@ def read_recipe(name: str) -> dict[str, Any]:
     return _read_yaml(path)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """PyYAML takes ``1e-3`` for a text, as YAML 1.1 has it; here it is the number that YAML 1.2 and everybody else take it for."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file written by a person holds.
+
+    Raises:
+        ConfigError: it is no YAML.
+    """
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        return yaml.load(path.read_text(), Loader=_Loader)  # a safe loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold keys and values, not a {type(tree).__name__}")
     return {key: value for key, value in flatten(tree).items() if value != ""}

@@ -209,7 +209,8 @@ def _add_prepare(data: Subparsers, home: argparse.ArgumentParser) -> None:
         "--encoder",
         default="",
         metavar="NAME",
-        help="of the texts: a model of sentence-transformers (the literature's is sentence-transformers/all-MiniLM-L6-v2), or module:function",
+        help="of the texts: a model of sentence-transformers, by default the literature's (sentence-transformers/all-MiniLM-L6-v2), or "
+        "module:function",
     )
     command.add_argument("--text-vectors", default="", metavar="FILE", help="text features computed elsewhere, with ASINs for ids")
     command.add_argument(

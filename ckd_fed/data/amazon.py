@@ -73,9 +73,9 @@ def find_files(name: str, directory: Path) -> Files:
 
 def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, bytes]]:
     """Lines of a gzip file with their numbers; ``progress`` counts bytes of the compressed file."""
+    number = 0
     try:
         with path.open("rb") as raw, gzip.open(raw) as file:
-            number = 0
             while line := file.readline(_LONGEST_LINE):
                 number += 1
                 if len(line) >= _LONGEST_LINE and not line.endswith(b"\n"):

@@ -106,7 +106,7 @@ def _inspect_modality(dataset: Dataset, modality: str) -> ModalityReport:
         first = np.asarray(features[present[rows.index(row)]], dtype=np.float64)
         others = (total - alike * first) / (n - alike)
         like_mean = bool(np.linalg.norm(first - others) < 0.01 * max(float(np.linalg.norm(others)), 1e-12)) and bool(first.any())
-    variance = np.maximum(0.0, squares / n - mean_row**2)
+    variance = np.where(low == high, 0.0, np.maximum(0.0, squares / n - mean_row**2))  # which need not come out as 0
     widest = int(variance.argmax())
     mean = float(total.sum()) / (n * features.shape[1])
     norm = float(norms.mean())

@@ -68,19 +68,19 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def verify(directory: Path, modalities: Iterable[str] | None) -> None:
-    """Hold the split files and some modalities' files against the manifest, if there is one.
+    """Hold the split files, the lists of ids and some modalities' files against the manifest, if there is one.
 
     A modality that the manifest does not know was added later and is not checked; only the files of modalities asked for are read, those of
     all that the manifest knows if none are named.
 
     Raises:
-        DataError: a file is missing, was changed, or a mask appeared that the manifest does not know.
+        DataError: a file is missing, was changed, or a mask or a list of ids appeared that the manifest does not know.
     """
     manifest = read_manifest(directory)
     if manifest is None:
         return
     files: dict[str, dict[str, Any]] = manifest["files"]
-    wanted = [f"{split}.json" for split in ("train", "val", "test")]
+    wanted = [f"{name}.json" for name in ("train", "val", "test", "users", "items")]
     known = [name[: -len("_feat.npy")] for name in files if name.endswith("_feat.npy")]
     for modality in known if modalities is None else modalities:
         if f"{modality}_feat.npy" in files:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckd_fed.data.amazon import Progress, find_files, read_images, read_reviews, read_texts
 from ckd_fed.data.draft import Draft, ModalityDraft
-from ckd_fed.data.encoders import encode, find_encoder
+from ckd_fed.data.encoders import DEFAULT, encode, find_encoder
 from ckd_fed.data.importers.own import sorted_ids, split_interactions
 from ckd_fed.data.importers.vectors import align, read_vectors
 from ckd_fed.data.splits import DEFAULT_SEED, RULES
@@ -32,20 +32,20 @@ def prepare(
         show: shows progress.
         rule: split rule, see :mod:`ckd_fed.data.splits`.
         seed: of the rule.
-        encoder: for the texts, see :mod:`ckd_fed.data.encoders`; where vectors are given its name is only recorded.
+        encoder: for the texts, see :mod:`ckd_fed.data.encoders`, by default that of the literature; where vectors are given its name is only
+            recorded.
         text_vectors: text features computed elsewhere: any feature table with ASINs for ids.
 
     Raises:
-        DataError: a file is missing or damaged, or there is nothing to make text features with.
+        DataError: a file is missing or damaged, or the encoder cannot be had.
     """
     files = find_files(name, directory)
-    if text_vectors is None and not encoder:
-        raise DataError("text features need an encoder (--encoder NAME) or vectors computed elsewhere (--text-vectors FILE)")
     if rule not in RULES:
         raise DataError(unknown("split rule", rule, RULES))
     if text_vectors is not None:  # whatever can be told before minutes of reading is told now
         vectors = read_vectors(text_vectors)
     else:
+        encoder = encoder or DEFAULT
         encoder_function = find_encoder(encoder)
     with show(files.reviews) as progress:
         table = read_reviews(files.reviews, progress)

@@ -9,9 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ckd_fed.config import configs_directory, flatten, read_recipe
+from ckd_fed.config import configs_directory, flatten, read_recipe, read_yaml
 from ckd_fed.errors import ConfigError, unknown
 
 
@@ -64,10 +62,7 @@ def read_sweep(name: str) -> Recipe:
             raise ConfigError(f"{unknown('sweep recipe', name, known)}; or name a YAML file")
         read_recipe(name)
         return Recipe(name, f"Recipe {name}", {"as configured": {}, name: {"recipe": name}})
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
     variants = tree.get("variants") if isinstance(tree, dict) else None
     if not isinstance(variants, dict) or not variants or not all(isinstance(value, dict) for value in variants.values()):
         raise ConfigError(f"{path} needs `variants:`, a label with a mapping of configuration keys for each, for example `full: {{}}`")
@@ -88,7 +83,8 @@ def jobs(recipe: Recipe, datasets: Sequence[str], backbones: Sequence[str], seed
     """
     found = []
     for dataset, backbone, seed, (label, variant) in product(datasets, backbones, seeds, recipe.variants.items()):
-        run = "-".join(["sweep", slug(recipe.name), dataset, backbone, f"s{seed}", slug(label)])
+        module_class = backbone.replace(":", "-")  # `RUN:MODEL` is how a run's model is named
+        run = "-".join(["sweep", slug(recipe.name), dataset, module_class, f"s{seed}", slug(label)])
         # `distillation.rho` and `distillation: {rho: …}` are one key
         given = {**flatten(overrides), **flatten(variant), "dataset": dataset, "backbone": backbone, "seed": seed, "name": run}
         found.append(Job(run, dataset, backbone, seed, label, given))

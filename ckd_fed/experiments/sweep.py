@@ -64,10 +64,10 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
             done(job, "kept")
             continue
         directory = _directory(job, configs[job])
-        if directory.exists():
-            write(f"{job.run} had broken off; it is begun anew")
-            shutil.rmtree(directory)
         try:
+            if directory.exists():
+                write(f"{job.run} had broken off; it is begun anew")
+                shutil.rmtree(directory)
             train(configs[job], write=lambda line: None, memory=memory)
             found[job] = read_history(directory)
         except Exception as error:  # whatever it is, it is this run's own affair

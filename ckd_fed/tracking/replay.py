@@ -16,7 +16,8 @@ def replay(directory: Path, overrides: dict[str, object], write: Callable[[str],
 
     Args:
         directory: of the run.
-        overrides: of its configuration, for example ``{"tracking.project": "mine", "tracking.wandb": "online"}``.
+        overrides: of its configuration: ``tracking.wandb``, which may have been off, and others, for example
+            ``{"tracking.wandb": "online", "tracking.project": "mine"}``.
         write: prints one line.
 
     Raises:
@@ -24,7 +25,7 @@ def replay(directory: Path, overrides: dict[str, object], write: Callable[[str],
         DataError: the run cannot be read.
     """
     history = read_history(directory)
-    config = restore(history.config, {"tracking.wandb": "auto"} if history.config.get("tracking.wandb") == "off" else {}, overrides)
+    config = restore(history.config, overrides)
     facts = {key: value for key, value in history.start.items() if key not in ("event", "time", "description")}
     mirror = WandbMirror(directory, config, {**facts, "replayed": True}, write)
     for row in mirrored_rows(history):

@@ -98,6 +98,8 @@ def test_precomputed_vectors_and_items_without_image_or_text(files, tmp_path, ca
     assert "3 of 60 items have no image" in out
     assert json.loads((dataset.directory / "manifest.json").read_text())["modalities"]["text"]["encoder"] == "clip"
     assert dataset.features["image"].dtype == np.float16
+    run(directory, tmp_path / "home", "--text-vectors", str(tmp_path / "text.npz"), "--as", "mine", "--replace")  # the default encoder made none
+    assert json.loads((dataset.directory / "manifest.json").read_text())["modalities"]["text"]["encoder"] == "not stated"
 
 
 def test_an_item_without_any_text_is_masked(files, encoder, tmp_path):
@@ -150,7 +152,7 @@ def test_of_several_reviews_the_earliest_counts(files):
 
 
 @pytest.mark.parametrize(("arguments", "mentions"), [
-    ([], ["--encoder", "--text-vectors"]),
+    ([], ["'sentence-transformers/all-MiniLM-L6-v2'", "pip install 'ckd_fed[encode]'", "--text-vectors"]),
     (["--encoder", "tiny_encoder:nothing"], ["'tiny_encoder:nothing'"]),
     (["--encoder", "tiny_encoder:short"], ["60 finite rows"]),
     (["--encoder", "some/model"], ["pip install 'ckd_fed[encode]'"]),
@@ -160,7 +162,7 @@ def test_of_several_reviews_the_earliest_counts(files):
     (["--text-vectors", "nowhere.npz"], ["nowhere.npz does not exist"]),
 ])  # fmt: skip
 def test_what_the_command_refuses(files, encoder, tmp_path, capsys, arguments, mentions):
-    if "some/model" in arguments:
+    if "pip install 'ckd_fed[encode]'" in mentions:
         try:
             import sentence_transformers  # noqa: F401
         except ModuleNotFoundError:
@@ -185,6 +187,13 @@ def test_files_that_are_not_there(files, tmp_path, encoder, capsys):
     with pytest.raises(SystemExit):
         run(files[0], tmp_path / "other", "--encoder", encoder)
     assert "meta_Baby.json.gz does not exist" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_opened(files, refuses):
+    path = files[0] / "reviews_Baby_5.json.gz"
+    path.unlink()
+    path.mkdir()
+    refuses(DataError, lambda: read_reviews(path), path, "after line 0")
 
 
 def test_images_out_of_step_or_twice(files, refuses):

@@ -46,7 +46,9 @@ def test_what_it_says(made, tmp_path):
     assert str(tmp_path) not in (tmp_path / "other" / "manifest.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["train.json", "val.json", "test.json", "image_feat.npy", "text_feat.npy", "text_mask.npy"])
+@pytest.mark.parametrize(
+    "name", ["train.json", "val.json", "test.json", "users.json", "items.json", "image_feat.npy", "text_feat.npy", "text_mask.npy"]
+)
 def test_a_changed_file(made, refuses, name):
     content = bytearray((made / name).read_bytes())
     content[-2] ^= 1
@@ -59,6 +61,8 @@ def test_a_changed_file(made, refuses, name):
     (made / "manifest.json").unlink()  # then only the loader's own checks remain
     if name == "text_mask.npy":
         assert not load_dataset(made).masks
+    if name == "users.json":
+        assert load_dataset(made).user_ids == ["0", "1", "2", "3"]
 
 
 def test_a_teacher_is_not_stopped_by_another_modalitys_file(made):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from ckd_fed.data.dataset import SPLITS
 from ckd_fed.data.draft import Draft
 from ckd_fed.data.importers.hkuds import find_matrix, read_hkuds
 from ckd_fed.data.importers.lattice import core_folders, read_lattice
@@ -50,7 +53,8 @@ def read_draft(paths: Sequence[Path], *, layout: str = "", features: Mapping[str
     if folders:
         found = layouts_of(folders[0])
         if not layout and len(found) > 1:
-            raise DataError(f"{folders[0]} looks like several layouts ({', '.join(found)}); choose one with --layout")
+            _refuse_options(found[0], features, options)
+            return _read_several(folders[0], found)
         layout = layout or (found[0] if found else OWN)
         if layout != OWN:
             _refuse_options(layout, features, options)
@@ -60,6 +64,30 @@ def read_draft(paths: Sequence[Path], *, layout: str = "", features: Mapping[str
         raise DataError(f"the layout {layout} is a folder; {paths[0]} is a file")
     interactions, rest = sort_files(files, options, list((features or {}).values()))
     return read_own(interactions, {**rest, **(features or {})}, options)
+
+
+def _read_several(directory: Path, layouts: Sequence[str]) -> Draft:
+    """Read a folder that is in several layouts, as the published sets often are; that they hold the same interactions is checked."""
+    said = f"{directory} is in several layouts ({', '.join(layouts)})"
+    drafts = []
+    for layout in layouts:
+        try:
+            drafts.append(LAYOUTS[layout](directory))
+        except DataError as error:
+            raise DataError(f"{said}, and as {layout} it cannot be read: {error}; choose one with --layout") from None
+    first, *others = drafts
+    for other in others:
+        for split in SPLITS:
+            if not np.array_equal(_sorted(first.parts[split]), _sorted(other.parts[split])):
+                raise DataError(f"{said}, and the {split} interactions of {first.layout} and {other.layout} differ; choose one with --layout")
+    first.notes.append(f"the folder is in several layouts ({', '.join(layouts)}) of the same interactions; it was read as {first.layout}")
+    return first
+
+
+def _sorted(pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    users, items = pairs
+    order = np.lexsort((items, users))
+    return np.stack([users[order], items[order]])
 
 
 def _refuse_options(layout: str, features: Mapping[str, Path] | None, options: Options) -> None:

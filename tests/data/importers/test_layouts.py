@@ -105,13 +105,34 @@ def test_an_item_beyond_the_features(lattice, bring, refuses):
     refuses(DataError, lambda: bring(lattice), "val", "user 3", "item 14", "14 rows")
 
 
-def test_several_splits_or_layouts_are_never_chosen_by_luck(lattice, mmrec, bring, refuses, same):
-    (lattice / "tiny.inter").write_bytes((mmrec / "tiny.inter").read_bytes())
-    refuses(DataError, lambda: bring(lattice), "lattice, mmrec", "--layout")
-    same(bring(lattice, layout="mmrec"))
+def test_several_splits_are_never_chosen_by_luck(lattice, bring, refuses):
     (lattice / "0-core").mkdir()
     (lattice / "0-core" / "train.json").write_text("{}")
-    refuses(DataError, lambda: bring(lattice, layout="lattice"), "0-core, 5-core")
+    refuses(DataError, lambda: bring(lattice), "0-core, 5-core")
+
+
+def test_several_layouts_of_the_same_interactions_are_one_dataset(lattice, mmrec, hkuds, bring, same):
+    pickled = hkuds()
+    for source in (mmrec / "tiny.inter", *(pickled / name for name in ("train_mat", "val_mat", "test_mat"))):
+        (lattice / source.name).write_bytes(source.read_bytes())
+    dataset = bring(lattice)
+    same(dataset)
+    assert json.loads((dataset.directory / "items.json").read_text())[3] == "B003"
+    assert "read as lattice" in json.loads((dataset.directory / "manifest.json").read_text())["notes"][0]
+
+
+def test_several_layouts_that_differ_are_never_chosen_by_luck(lattice, mmrec, bring, refuses, same):
+    path = lattice / "tiny.inter"
+    text = (mmrec / "tiny.inter").read_text()
+    lines = text.splitlines()
+    path.write_text("\n".join([lines[0], lines[1].removesuffix("0") + "1", *lines[2:]]) + "\n")
+    refuses(DataError, lambda: bring(lattice), "lattice, mmrec", "the train interactions", "differ", "--layout")
+    path.write_text(text[: len(text) // 2])
+    refuses(DataError, lambda: bring(lattice), "as mmrec it cannot be read", "--layout")
+    refuses(DataError, lambda: bring(lattice, features={"audio": lattice / "text_feat.npy"}), "do not apply")
+    same(bring(lattice, layout="lattice"))
+    path.write_text(text)
+    same(bring(lattice, layout="mmrec"))
 
 
 @pytest.mark.parametrize(("old", "new", "mentions"), [
