@@ -166,8 +166,9 @@ class MMGCN(Backbone):
                 differences[m] = states, difference.view(len(difference), len(states), -1)
         output = StepOutput({}, {}, {})
         for view in views:
-            users, items = self._mean(view, branches).split([len(gather.users), len(gather.items)])
-            done = gather.rows(users, items, self._mean(view, differences) if differences else None)
+            with self.gradient(view):
+                users, items = self._mean(view, branches).split([len(gather.users), len(gather.items)])
+                done = gather.rows(users, items, self._mean(view, differences) if differences else None)
             if view in ranking_views:
                 output.ranking[view] = done.ranking_margin()
             if view in distillation_views:
