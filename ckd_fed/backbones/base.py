@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -123,6 +124,7 @@ class Backbone(nn.Module, ABC):
         self.n_items = train.n_items
         self.modalities = tuple(features)
         self.l2 = l2
+        self._constant: frozenset[View] = frozenset()
         lacking = {m: mask for m, mask in (present or {}).items() if m in features and not mask.all()}
         self.incomplete = tuple(lacking)
         for modality, mask in lacking.items():
@@ -160,6 +162,19 @@ class Backbone(nn.Module, ABC):
     def dense_work(self) -> float:
         """Multiply-adds of the dense products in one pass over the catalogue; decides whether several CPU threads are worth it."""
         return math.inf
+
+    @contextmanager
+    def constant(self, views: Iterable[View]) -> Iterator[None]:
+        """Within it, what belongs to these views alone may be computed without gradient."""
+        before, self._constant = self._constant, frozenset(views)
+        try:
+            yield
+        finally:
+            self._constant = before
+
+    def gradient(self, view: View) -> torch.set_grad_enabled:
+        """A context for what belongs to one view alone: without gradient where the view is :meth:`constant`."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and view not in self._constant)
 
     @abstractmethod
     def forward(self, views: Sequence[View]) -> Pass:

@@ -145,7 +145,11 @@ class EgoGCN(BlockBackbone):
                     inputs[modality, present] = self._input(modality, present)
         gated = {} if self.fusion == "hard" else self._gated(inputs)
         by_id = self._id_tower()
-        return {view: [by_id, *(self.route(self.first_layer(m, view, inputs, gated)[0]) for m in self.modalities)] for view in views}
+        found = {}
+        for view in views:
+            with self.gradient(view):
+                found[view] = [by_id, *(self.route(self.first_layer(m, view, inputs, gated)[0]) for m in self.modalities)]
+        return found
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:
         """BPR and the regulariser (``l2``) on the batch's stored ID embeddings and normalised preferences."""

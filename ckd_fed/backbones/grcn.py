@@ -150,7 +150,8 @@ class GRCN(BlockBackbone):
         found = {}
         for view in views:
             chosen = [affinities[m, m in view] for m in self.modalities]
-            found[view] = [self._propagate(users, items, *self.weights(chosen))]
+            with self.gradient(view):
+                found[view] = [self._propagate(users, items, *self.weights(chosen))]
             if self.fusion_mode == "concat":
                 found[view] += [one.rows for one in chosen]
         return found

@@ -93,7 +93,11 @@ class LATTICE(ItemGraphBackbone):
         """Full tables; users and the collaborative part of items are those of every view."""
         users, items = self.collaborative(self.user_embedding, self.item_embedding)
         graphs = self.item_graphs(views)
-        return Pass({view: Embeddings(users, items + F.normalize(self._propagated(graph), dim=-1)) for view, graph in graphs.items()})
+        tables = {}
+        for view, graph in graphs.items():
+            with self.gradient(view):
+                tables[view] = Embeddings(users, items + F.normalize(self._propagated(graph), dim=-1))
+        return Pass(tables)
 
     def item_graphs(self, views: Sequence[View]) -> dict[View, ItemGraph]:
         """S of every view: with gradient where it is built, the kept one where it is not."""

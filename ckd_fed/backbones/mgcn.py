@@ -135,11 +135,12 @@ class MGCN(ItemGraphBackbone):
         gates = {m: self.preference_gate[m](behaviour).sigmoid() for m in self.modalities}
         sides = {}
         for view in views:
-            shares = torch.cat([scores[m, m in view] for m in self.modalities], 1).softmax(1).split(1, dim=1)
-            seen = {m: contents[m, m in view] for m in self.modalities}
-            common = total(a * seen[m] for m, a in zip(self.modalities, shares, strict=True))
-            special = total(gates[m] * (seen[m] - common) for m in self.modalities)
-            sides[view] = (special + common) / (len(self.modalities) + 1)
+            with self.gradient(view):
+                shares = torch.cat([scores[m, m in view] for m in self.modalities], 1).softmax(1).split(1, dim=1)
+                seen = {m: contents[m, m in view] for m in self.modalities}
+                common = total(a * seen[m] for m, a in zip(self.modalities, shares, strict=True))
+                special = total(gates[m] * (seen[m] - common) for m in self.modalities)
+                sides[view] = (special + common) / (len(self.modalities) + 1)
         return sides
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:

@@ -100,8 +100,9 @@ class MICRO(ItemGraphBackbone):
         scores = {key: self.query(z) for key, z in states.items()} if len(self.modalities) > 1 else {}  # (n_items, 1), or (1, 1) where absent
         tables, parts = {}, {}
         for view in views:
-            h = self._fused(view, states, scores)
-            tables[view] = Embeddings(users, items + F.normalize(h, dim=-1))
+            with self.gradient(view):
+                h = self._fused(view, states, scores)
+                tables[view] = Embeddings(users, items + F.normalize(h, dim=-1))
             if view == self.joint:
                 parts = {"fused": h, **{f"content_{m}": states[m, True] for m in self.modalities}}
         return Pass(tables, parts)

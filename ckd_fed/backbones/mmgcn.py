@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,24 +40,38 @@ class Branch(nn.Module):
         for linear in (*self.conv, *self.linear, *self.gate):
             linear.reset_parameters()  # type: ignore[operator]
 
-    def forward(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module) -> Tensor:
-        """Propagate several variants of the input at once.
+    def layer(self, number: int, x: Tensor, propagate: nn.Module, variants: int = 1) -> Tensor:
+        """A layer before the ID embedding is added and phi taken.
 
         Args:
-            x: ``(n_users + n_items, variants, d)``, rows of unit norm.
+            number: of the layer, from 0.
+            x: ``(n * variants, d)``, a node's variants one after the other.
+            propagate: multiplication by A-hat.
+            variants: how many there are.
+
+        Returns:
+            As x.
+        """
+        # In place only on tensors of their own: on a view, autograd would copy the whole of it in the backward.
+        h = F.leaky_relu_(propagate(self.conv[number](x).view(len(x) // variants, -1))).view(x.shape)
+        return self.gate[number](h).add_(F.leaky_relu_(self.linear[number](x)))
+
+    def forward(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module) -> Tensor:
+        """The layers after the first, for several variants at once.
+
+        Args:
+            x: what the first layer gave, ``(n_users + n_items, variants, d)``.
             id_embedding: ``(n_users + n_items, d)``.
             propagate: multiplication by A-hat.
 
         Returns:
-            ``(n_users + n_items, variants, d)``.
+            As x.
         """
         n, variants, dim = x.shape
         shared = id_embedding.unsqueeze(1).expand(-1, variants, -1).reshape(-1, dim)
         x = x.reshape(-1, dim)
-        for conv, linear, gate in zip(self.conv, self.linear, self.gate, strict=True):
-            # In place only on tensors of their own: on a view, autograd would copy the whole of it in the backward.
-            h = F.leaky_relu_(propagate(conv(x).view(n, -1))).view(-1, dim)
-            x = F.leaky_relu_(gate(h).add_(F.leaky_relu_(linear(x))).add_(shared))
+        for number in range(1, self.LAYERS):
+            x = F.leaky_relu_(self.layer(number, x, propagate, variants).add_(shared))
         return x.view(n, variants, dim)
 
 
@@ -63,8 +79,9 @@ class MMGCN(Backbone):
     r"""The embedding of a view is the mean of its branches, each with its modality present or absent.
 
     A branch is propagated at most twice a step, present and absent side by side in one sparse product, however many views are asked
-    for. The users' preferences are Parameters (in the published code they are constants that differ in every process). A teacher,
-    built from one modality, is that modality's branch alone.
+    for. Where its modality is absent all users enter it with one row and all items with another, so the first layer is computed once for
+    every side and degree, and not for every node. The users' preferences are Parameters (in the published code they are constants that
+    differ in every process). A teacher, built from one modality, is that modality's branch alone.
 
     Args:
         train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`; the training interactions are the graph.
@@ -83,6 +100,10 @@ class MMGCN(Backbone):
         self.branch = nn.ModuleDict({m: Branch(embedding_dim) for m in self.modalities})
         dtype = next(iter(features.values())).dtype
         self.propagate = Propagation(row_normalised_adjacency(train), dtype)
+        is_item, kind, between = kinds(train)
+        self.register_buffer("is_item", torch.from_numpy(is_item), persistent=False)
+        self.register_buffer("kind", torch.from_numpy(kind), persistent=False)
+        self.propagate_kinds = Propagation(between, dtype)
         for modality, matrix in features.items():
             self.register_buffer(f"features_{modality}", matrix, persistent=False)
             self.register_buffer(f"mean_features_{modality}", matrix.mean(0), persistent=False)
@@ -110,7 +131,7 @@ class MMGCN(Backbone):
         found = {}
         for modality in self.modalities:
             states = [state for state in (True, False) if any((modality in view) is state for view in views)]
-            variants = torch.stack([self._input(modality, state) for state in states], dim=1)
+            variants = torch.stack([self._first_layer(modality, state, id_embedding) for state in states], dim=1)
             found[modality] = states, self.branch[modality](variants, id_embedding, self.propagate)
         return found
 
@@ -145,8 +166,9 @@ class MMGCN(Backbone):
                 differences[m] = states, difference.view(len(difference), len(states), -1)
         output = StepOutput({}, {}, {})
         for view in views:
-            users, items = self._mean(view, branches).split([len(gather.users), len(gather.items)])
-            done = gather.rows(users, items, self._mean(view, differences) if differences else None)
+            with self.gradient(view):
+                users, items = self._mean(view, branches).split([len(gather.users), len(gather.items)])
+                done = gather.rows(users, items, self._mean(view, differences) if differences else None)
             if view in ranking_views:
                 output.ranking[view] = done.ranking_margin()
             if view in distillation_views:
@@ -160,11 +182,30 @@ class MMGCN(Backbone):
         rows = [outputs.unbind(1)[states.index(m in view)] for m, (states, outputs) in branches.items()]
         return torch.stack(rows).mean(0) if len(rows) > 1 else rows[0]
 
-    def _input(self, modality: str, present: bool) -> Tensor:
-        """What enters a branch, ``(n_users + n_items, d)``, rows of unit norm; two different rows where the modality is absent."""
-        linear, preference = self.projection[modality], self.preference[modality]
+    def _first_layer(self, modality: str, present: bool, id_embedding: Tensor) -> Tensor:
+        """What the first layer of a branch gives, ``(n_users + n_items, d)``; it enters as rows of unit norm."""
+        linear, preference, branch = self.projection[modality], self.preference[modality], self.branch[modality]
         if present:
-            return F.normalize(torch.cat([preference, linear(self.get_buffer(f"features_{modality}"))]), dim=-1)
+            x = F.normalize(torch.cat([preference, linear(self.get_buffer(f"features_{modality}"))]), dim=-1)
+            return F.leaky_relu_(branch.layer(0, x, self.propagate).add_(id_embedding))  # type: ignore[operator]
         mean = linear(self.get_buffer(f"mean_features_{modality}"))
-        user, item = F.normalize(torch.stack([preference.mean(0), mean]), dim=-1)
-        return torch.cat([user.expand(self.n_users, -1), item.expand(self.n_items, -1)])
+        sides = F.normalize(torch.stack([preference.mean(0), mean]), dim=-1)  # (2, d)
+        rows = branch.layer(0, F.embedding(self.get_buffer("is_item"), sides), self.propagate_kinds)  # type: ignore[operator]
+        return F.leaky_relu_(gather_rows(rows, self.get_buffer("kind"))[0] + id_embedding)
+
+
+def kinds(train: Interactions) -> tuple[np.ndarray, np.ndarray, sp.csr_array]:
+    """Nodes of one side and degree as one kind each: A-hat x is the same for them all where x is the same for each side.
+
+    Returns:
+        Whether a kind is one of items ``(K,)`` int64; each node's kind ``(n_users + n_items,)``; and ``(K, K)``, what A-hat is between them.
+        Any kind may stand for all of its side.
+    """
+    degree = np.concatenate([train.degree, np.bincount(train.items, minlength=train.n_items)])
+    item = np.arange(len(degree)) >= train.n_users
+    found, kind = np.unique(np.stack([item, degree]), axis=1, return_inverse=True)
+    n = np.arange(found.shape[1])
+    other = np.where(found[0] == 0, n[-1], 0)  # users' kinds come first
+    share = 1 / (found[1] + 1)
+    between = sp.csr_array((np.concatenate([share, 1 - share]), (np.concatenate([n, n]), np.concatenate([n, other]))), shape=(len(n), len(n)))
+    return found[0], kind.reshape(-1), between

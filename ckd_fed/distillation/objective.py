@@ -112,7 +112,9 @@ class DistillationObjective:
         only = {m: student.only(m) for m in student.modalities}
         without = {m: student.without(m) for m in student.modalities}
         taught = [m for m in student.modalities if m in teachers]
-        output = student.step(ranking, [*only.values(), *without.values()], distillation, [only[m] for m in taught])
+        # Effects have no gradient: of three modalities or more, nobody differentiates the views without one.
+        with student.constant({*without.values()} - {*only.values()}):
+            output = student.step(ranking, [*only.values(), *without.values()], distillation, [only[m] for m in taught])
         margins: dict[View, Tensor] = output.ranking
 
         detached = {view: margin.detach() for view, margin in margins.items()}

@@ -246,6 +246,31 @@ def test_a_batch_of_items_that_lack_the_modality(build):
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in backbone.parameters())
 
 
+def test_constant_views_keep_less_and_change_no_number(build, name):
+    """The margins of a constant view, and losses and gradients of all others, to the bit."""
+    ranking, distillation = random_triples(50, 1), random_triples(30, 2)
+
+    def numbers(constant):
+        backbone, kept = begin(build(3)), []
+        joint, only = backbone.joint, [backbone.only(m) for m in backbone.modalities]
+        without = [backbone.without(m) for m in backbone.modalities]
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x),
+            backbone.constant(without if constant else ()),
+        ):
+            output = backbone.step(ranking, [*only, *without], distillation, only)
+        terms = [*output.loss_terms.values(), *(output.ranking[view].tanh().sum() for view in (joint, *only))]
+        sum((*terms, *(output.distillation[view].tanh().sum() for view in only))).backward()
+        gradients = {key: parameter.grad for key, parameter in backbone.named_parameters() if parameter.grad is not None}
+        return {**output.loss_terms, **output.ranking, **gradients}, sum(kept)
+
+    (expected, all_kept), (found, kept) = numbers(constant=False), numbers(constant=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    if name in ("egogcn", "grcn", "lattice", "mgcn", "micro", "mmgcn"):
+        assert kept < 0.95 * all_kept
+
+
 def test_an_epoch_repeats_bit_for_bit(build):
     """Two builds, the same epochs: the same numbers; another epoch may draw another graph or dropout, and coming back repeats the first."""
 

@@ -66,9 +66,20 @@ def test_branches_are_computed_only_where_needed(build):
     assert states([model.joint, *map(model.only, model.modalities)]) == {m: [True, False] for m in model.modalities}
 
 
-def test_absent_inputs_are_one_row_for_all(build):
-    """Users differ in an absent branch through their IDs and neighbours only: equal rows enter it."""
-    model = build(2)
-    entering = model._input("text", False).detach().numpy()
-    assert np.ptp(entering[: model.n_users], axis=0).max() == 0
-    assert np.ptp(entering[model.n_users :], axis=0).max() == 0
+def test_an_absent_branch_is_that_of_mean_rows_and_its_first_layer_is_computed_by_side_and_degree(build, train, random_features):
+    model, text = build(2), torch.from_numpy(random_features(12, 2)["text"])
+    adjacency, degree = torch.from_numpy(row_normalised_adjacency(train).toarray()), np.bincount(train.items, minlength=12)
+    entered = []
+    model.branch["text"].conv[0].register_forward_hook(lambda _module, entering, _output: entered.append(len(entering[0])))
+    found = model.branches([model.only("image")])["text"][1][:, 0]
+    assert entered == [len(set(train.degree)) + len(set(degree))] < [8 + 12]
+    assert 0 in train.degree
+
+    state = dict(model.named_parameters())
+    state["preference.text"] = state["preference.text"].mean(0).expand(8, -1)
+    expected = branch_by_hand(state, "text", text.mean(0).expand(12, -1), adjacency)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    names = [key for key, _ in model.named_parameters() if "text" in key or key in ("user_embedding", "item_embedding")]
+    ours, theirs = (torch.autograd.grad(table.sin().sum(), [model.get_parameter(name) for name in names]) for table in (found, expected))
+    for name, one, two in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-13, msg=name)

@@ -222,3 +222,22 @@ def test_zero_margins_poison_nothing(student, dtype):
         torch.testing.assert_close(part.weight, torch.ones(20, dtype=dtype))
     assert torch.isfinite(output.loss)
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model, output.loss).values())
+
+
+@pytest.mark.parametrize("n_modalities", [2, 3])
+def test_views_without_a_modality_keep_no_gradient_unless_they_are_some_other_modalitys(student, n_modalities):
+    model, constant = student(n_modalities), []
+    step = model.step
+
+    def is_constant(view):
+        with model.gradient(view):
+            return not torch.is_grad_enabled()
+
+    def spied(*arguments):
+        constant.append([view for view in map(model.without, model.modalities) if is_constant(view)])
+        return step(*arguments)
+
+    model.step = spied
+    DistillationObjective()(model, RANKING, PAIRS, random_teachers(model.modalities)).loss.backward()
+    assert constant == [[model.without(m) for m in model.modalities] if n_modalities > 2 else []]
+    assert not is_constant(model.without("image"))
