@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from ckd_fed.analysis.history import RunHistory, other_data, read_history
 from ckd_fed.config import Config, flatten
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import locate, open_dataset, resolve_for_data
-from ckd_fed.errors import ConfigError, DataError
+from ckd_fed.errors import CkdError, ConfigError, DataError
 from ckd_fed.experiments.recipe import Job
 from ckd_fed.home import code_version, home
-from ckd_fed.training.central import train
+from ckd_fed.tracking.resume import resumed_config
+from ckd_fed.training.central import deciding_facts, train
 from ckd_fed.training.memory import TeacherMemory
+from ckd_fed.training.progress import Progress
 
 _IRRELEVANT = (
     "tracking.",
@@ -33,8 +36,9 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
     """Run what has not finished yet.
 
     Variants of a seed share the teachers that are the same for them. A run that finished with the same configuration on the same data is taken
-    as it is (a note says where other code made it); one that broke off, failed or cannot be read is begun anew, its folder replaced. A run
-    that fails does not keep the others from running.
+    as it is (a note says where other code made it). One that broke off goes on from the state that it left, if configuration, data and code
+    are still the same; else, or where it left none or cannot be read, it is begun anew, its folder replaced. A run that fails does not keep
+    the others from running.
 
     Args:
         planned: of :func:`~ckd_fed.experiments.recipe.jobs`.
@@ -65,10 +69,12 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
             continue
         directory = _directory(job, configs[job])
         try:
+            config = _taken_up(configs[job], directory, opened)
             if directory.exists():
-                write(f"{job.run} had broken off; it is begun anew")
-                shutil.rmtree(directory)
-            train(configs[job], write=lambda line: None, memory=memory)
+                write(f"{job.run} had broken off; it {'goes on from its last state' if config.resume else 'is begun anew'}")
+                if not config.resume:
+                    shutil.rmtree(directory)
+            train(config, write=lambda line: None, memory=memory)
             found[job] = read_history(directory)
         except Exception as error:  # whatever it is, it is this run's own affair
             done(job, f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
@@ -81,6 +87,23 @@ def _directory(job: Job, config: Config) -> Path:
     return home(config) / "runs" / job.run
 
 
+def _taken_up(config: Config, directory: Path, opened: _Datasets) -> Config:
+    """The configuration with ``resume``, if the directory holds a run of it that broke off and left a state; else as it is."""
+    try:
+        stored = resumed_config(directory, {"resume": directory.name})
+    except (CkdError, OSError):  # no run, or a damaged one
+        return config
+    same = _relevant(_flat_of(stored)) == _relevant(_flat_of(dataclasses.replace(config, resume=directory.name)))
+    return stored if same and Progress.left_by(directory, deciding_facts(_dataset(config, opened))) else config
+
+
+def _dataset(config: Config, opened: _Datasets) -> Dataset:
+    place = locate(config)[0], config.modalities
+    if place not in opened:
+        opened[place] = open_dataset(config)
+    return opened[place]
+
+
 def _finished(job: Job, config: Config, opened: _Datasets) -> RunHistory | None:
     directory = _directory(job, config)
     try:
@@ -89,16 +112,13 @@ def _finished(job: Job, config: Config, opened: _Datasets) -> RunHistory | None:
         return None
     if not history.final:
         return None
-    wanted = _relevant(_flat(yaml.safe_load(config.to_yaml())))  # through YAML, as the stored one has gone
+    wanted = _relevant(_flat_of(config))
     stored = _relevant(history.config)
     different = [key for key in sorted({*wanted, *stored}) if key not in wanted or key not in stored or wanted[key] != stored[key]]
     if different:
         shown = ", ".join(f"{key} {_shown(stored, key)} instead of {_shown(wanted, key)}" for key in different[:4])
         raise ConfigError(f"{directory} holds a finished run with another configuration ({shown}); remove it, or use the sweep's first configuration")
-    place = locate(config)[0], config.modalities
-    if place not in opened:
-        opened[place] = open_dataset(config)
-    if other := other_data(history, opened[place]):
+    if other := other_data(history, _dataset(config, opened)):
         raise ConfigError(f"{directory} holds a finished run trained on {other}; remove it, or put the sweep's first data back")
     return history
 
@@ -111,5 +131,6 @@ def _shown(settings: Mapping[str, object], key: str) -> str:
     return repr(settings[key]) if key in settings else "unset"
 
 
-def _flat(tree: dict[str, object]) -> dict[str, object]:
-    return {key.replace("_", "-"): value for key, value in flatten(tree).items()}
+def _flat_of(config: Config) -> dict[str, object]:
+    """Through YAML, as a stored configuration has gone."""
+    return {key.replace("_", "-"): value for key, value in flatten(yaml.safe_load(config.to_yaml())).items()}

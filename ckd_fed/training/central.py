@@ -59,16 +59,10 @@ def train(
     """
     dataset = open_dataset(config)
     check_hidden(config.data.hidden_shares, dataset.modalities)
-    facts = {
-        "modalities": list(dataset.modalities),
-        "split": dataset.fingerprint,
-        "standin": dataset.standin,
-        "features": dataset.feature_fingerprints,
-        "code": code_version(),
-    }
+    facts = {"modalities": list(dataset.modalities), "standin": dataset.standin, **deciding_facts(dataset)}
     directory = home(config) / "runs" / (config.resume or run_name(config))
     with sole_writer(directory):
-        progress = Progress(directory, {name: facts[name] for name in ("code", "split", "features")}, resume=bool(config.resume))
+        progress = Progress(directory, deciding_facts(dataset), resume=bool(config.resume))
         resume_at = progress.recorded if config.resume else None
         record = Record(directory, config, [*wandb_mirror(config, facts, write), *mirrors], write, resume_at=resume_at)
         try:
@@ -87,6 +81,11 @@ def train(
         finally:
             if config.tracking.report:
                 report_quietly(record.directory, record.write)
+
+
+def deciding_facts(dataset: Dataset) -> dict[str, Any]:
+    """What a run's result depends on beside its configuration: split, features and code."""
+    return {"split": dataset.fingerprint, "features": dataset.feature_fingerprints, "code": code_version()}
 
 
 def configure(given: Mapping[str, Any]) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckd_fed.checkpoint import load_checkpoint, save_checkpoint
+from ckd_fed.checkpoint import load_checkpoint, load_state, save_checkpoint
 from ckd_fed.errors import ConfigError, DataError
 from ckd_fed.training.fit import Fit
 from ckd_fed.training.fit_state import fit_state, restore_fit
@@ -45,16 +45,28 @@ class Progress:
         self._found: dict[str, tuple[dict[str, np.ndarray], dict[str, Any]]] = {}
         if not resume:
             return
-        for phase in PHASES:
-            if self._path(phase).is_file():
-                self._found[phase] = load_checkpoint(self._path(phase))
-                values = self._found[phase][1]
-                for what, before in values["facts"].items():
-                    if before != self._facts.get(what):
-                        raise ConfigError(f"resume: the run began with other {what}; go on with the same, or start a new run")
-                self.number, self.recorded, self.elapsed = values["number"], values["recorded"], values["elapsed"]
+        for phase in self._phases():
+            self._found[phase] = load_checkpoint(self._path(phase))
+            values = self._found[phase][1]
+            if different := _different(values["facts"], facts):
+                raise ConfigError(f"resume: the run began with other {different}; go on with the same, or start a new run")
+            self.number, self.recorded, self.elapsed = values["number"], values["recorded"], values["elapsed"]
         if not self._found:
             raise DataError(f"resume: {self._directory} holds no state to go on from (one is left after a minute of training); start the run afresh")
+
+    @classmethod
+    def left_by(cls, directory: Path, facts: Mapping[str, Any]) -> bool:
+        """Whether a run that broke off left states to go on from, and of the same facts."""
+        progress = cls(directory, facts)
+        try:
+            states = [load_state(progress._path(phase)) for phase in progress._phases()]
+            written = (directory / "metrics.jsonl").stat().st_size
+            return bool(states) and all(state["recorded"] <= written and not _different(state["facts"], facts) for state in states)
+        except (DataError, OSError, KeyError, TypeError, AttributeError):
+            return False
+
+    def _phases(self) -> list[str]:
+        return [phase for phase in PHASES if self._path(phase).is_file()]
 
     def _path(self, phase: str) -> Path:
         return self._directory / f"{phase}-state.safetensors"
@@ -62,7 +74,7 @@ class Progress:
     @property
     def exists(self) -> bool:
         """Whether there is a state to go on from."""
-        return any(self._path(phase).is_file() for phase in PHASES)
+        return bool(self._phases())
 
     def load(self, phase: str, fits: Mapping[str, Fit]) -> bool:
         """Put a phase's fits where they were; whether anything was saved of it.
@@ -108,3 +120,8 @@ class Progress:
         """Delete the states of a run that is finished."""
         for phase in PHASES:
             self._path(phase).unlink(missing_ok=True)
+
+
+def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first of some facts that are not the same; empty if all are."""
+    return next((what for what, value in before.items() if value != now.get(what)), "")

@@ -1,6 +1,7 @@
 """Sweeps: every run once, taken up where they broke off, summed up in one table and one figure."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from ckd_fed.errors import ConfigError, TrainingError
 from ckd_fed.experiments import sweep
 from ckd_fed.experiments.recipe import jobs, read_sweep
 from ckd_fed.experiments.summary import spread, summarise
+from ckd_fed.training import central, progress
+from ckd_fed.training.trainer import Trainer
 
 QUICK = {
     "data.standin": "never", "training.epochs": 2, "training.validate-every": 2, "training.batch-size": 64, "training.threads": 1,
@@ -127,6 +130,40 @@ def test_a_kept_run_of_other_code_is_told(recipe, trained, monkeypatch):
     assert len(sweep.run_jobs(planned, lambda job, how: None, said.append)) == len(said) == 4
     assert all("other code" in line and "9.9.9+abc" in line for line in said)
     assert len(trained) == 4
+
+
+@pytest.mark.parametrize("disturbed", ["", "code", "configuration", "metrics"])
+def test_a_run_that_broke_off_goes_on_from_its_state(recipe, trained, tmp_path, monkeypatch, disturbed):
+    whole = {job.run: history.final for job, history in run(recipe, **{"training.epochs": 6}).items()}
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    epochs, real = [], Trainer.train_epoch
+
+    def train_epoch(self, *arguments, **more):
+        epochs.append(arguments)
+        if len(epochs) == 22:  # of the first run 18: two teachers and a student; of the second, which shares its teachers, the student's fourth
+            raise KeyboardInterrupt
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, **{"training.epochs": 6})
+    broken = tmp_path / "runs" / trained[-1]
+    if disturbed == "code":
+        monkeypatch.setattr(central, "code_version", lambda: "9.9.9+abc")
+    elif disturbed == "configuration":
+        (broken / "config.yaml").write_text((broken / "config.yaml").read_text().replace("epochs: 6", "epochs: 7"))
+    elif disturbed == "metrics":
+        (broken / "metrics.jsonl").write_bytes(b"")
+    said = []
+    planned = jobs(read_sweep(str(recipe)), ["toy"], ["vbpr"], [1, 2], {**QUICK, "training.epochs": 6})
+    found = sweep.run_jobs(planned, lambda job, how: None, said.append)
+    how = "is begun anew" if disturbed else "goes on from its last state"
+    assert f"{broken.name} had broken off; it {how}" in said
+    assert all(history.state == "finished" for history in found.values())
+    for job, history in found.items():
+        numbers = {key: value for key, value in history.final.items() if key != "time" and "seconds" not in key}
+        assert numbers == {key: value for key, value in whole[job.run].items() if key in numbers}
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0\n", b'{"event": "start"', None])
