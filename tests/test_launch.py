@@ -86,6 +86,17 @@ cli._run = lambda arguments: launch.flower_run(Path(arguments.app), None, [], pr
 """
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """No signal is ignored from the start, as it is where the tests themselves run in the background or under nohup."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
+    for each in before:
+        signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.fixture
 def command(tmp_path):
     """Start ``ckd-fed run`` in a process of its own, with the stand-ins; returns once the app has said something."""

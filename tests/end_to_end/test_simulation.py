@@ -65,7 +65,7 @@ def test_from_nothing_to_a_distilled_student(backbone, tmp_path, write_dataset, 
     assert set(rows[0]["nodes"]) == {"teacher/image", "teacher/text", "student/0"}
     assert {"seconds/distil/student/0", "seconds/score/teacher/text"} <= set(rounds[-2])  # the last round asks for no scores
     assert load_users(run / "test_users.npz").values.keys() >= {"teacher/image/recall@20", "plain/recall@20", "student/recall@20"}
-    assert not [line for line in _processes() if str(tmp_path) in line]
+    assert not _left_behind(tmp_path)
 
 
 def test_a_run_ended_by_sigterm_leaves_no_process(tmp_path, write_dataset, started):
@@ -78,10 +78,7 @@ def test_a_run_ended_by_sigterm_leaves_no_process(tmp_path, write_dataset, start
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "interrupted by SIGTERM; run" in err.splitlines()[-1]
-    deadline = time.monotonic() + 120  # Ray's agents end by themselves, once they have missed their raylet for a while
-    while (left := [line for line in _processes() if str(tmp_path) in line]) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left
+    assert not _left_behind(tmp_path)
 
 
 def test_a_failed_run_fails_with_its_reason_last(tmp_path, write_dataset, ckd_fed):
@@ -137,6 +134,14 @@ def test_train_without_flower(tmp_path, write_dataset, ckd_fed):
     code, _, err = ckd_fed("train", "-c", f"name=mine data.dir={folder} {QUICK}")
     assert code == 1
     assert "holds a run already" in err
+
+
+def _left_behind(tmp_path):
+    """What of a run's processes is still there after a while: Flower's and Ray's end by themselves, once they have missed their parents."""
+    deadline = time.monotonic() + 120
+    while (left := [line for line in _processes() if str(tmp_path) in line]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return left
 
 
 def _processes():

@@ -192,7 +192,7 @@ def test_two_student_workers_share_the_steps_and_are_averaged(toy, federate):
 def test_without_distillation_no_teacher_is_asked(toy, federate):
     result, grid, _ = federate({**SMALL, "distillation.enabled": False})
     assert set(result.outcomes) == {"student"}
-    assert {message.metadata.message_type for message, _ in grid.seen} == {"query.enrol", "train.distil", "query.evaluate"}
+    assert {message.metadata.message_type for message, _ in grid.seen} == {"query.enrol", "train.distil", "query.evaluate", "query.forget"}
     train(resolve(SMALL, {"distillation.enabled": False, "home": str(toy), "name": "central"}))
     assert largest_difference(parameters(toy, "fed"), parameters(toy, "central")) <= 1e-6
 

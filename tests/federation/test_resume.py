@@ -154,7 +154,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_workspace_is_set_aside_and_counts_as_lost(toy, federate, kill, capsys):
+def test_a_damaged_workspace_is_set_aside_and_counts_as_lost(toy, federate, kill, keep, capsys):
     federate(SMALL, run="undisturbed")
     kill(SMALL, 14, answered=True, run="run")
     state = toy / "workspace/run-000001/teacher-text/state.safetensors"
@@ -165,7 +165,7 @@ def test_a_damaged_workspace_is_set_aside_and_counts_as_lost(toy, federate, kill
     assert [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line and "set aside as state.safetensors.damaged" in line]
 
 
-def test_a_students_damaged_states_are_set_aside_both(toy, federate, kill):
+def test_a_students_damaged_states_are_set_aside_both(toy, federate, kill, keep):
     kill(SMALL, 21, answered=True, run="run")
     folder = toy / "workspace/run-000001/student-0"
     for name in ("state", "previous"):
