@@ -43,7 +43,6 @@ from ckd_fed.errors import FinalError, LostError, ReplyError
 PROTOCOL = 4
 _RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
 _KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|specific|generic|sum"
-MODALITY = re.compile(r"[\w.\- ]+")  # names that metrics may hold
 _METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
 TRAIN_ACTIONS = ("fit", "distil")
 QUERY_ACTIONS = ("enrol", "test", "score", "evaluate", "forget")

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckd_fed.config import Config
+from ckd_fed.data.dataset import check_modality
 from ckd_fed.data.missing import check_hidden
-from ckd_fed.errors import EnrolmentError, LostError, ReplyError, unknown
-from ckd_fed.wire import MODALITY, NodeCard
+from ckd_fed.errors import DataError, EnrolmentError, LostError, ReplyError, unknown
+from ckd_fed.wire import NodeCard
 from server.checkpoints import RunState
 from server.exchange import LONGEST, SHORTEST, Exchange
 from server.introductions import Introductions
@@ -252,15 +253,14 @@ def _modalities(config: Config, card: NodeCard) -> tuple[str, ...]:
     """The modalities of a run: those configured, or all that a student has.
 
     Raises:
-        EnrolmentError: one whose name no metric could hold.
+        EnrolmentError: one whose name cannot be used.
         ConfigError: one that is to be hidden is not among them.
     """
     for modality in features_of(card):
-        if not MODALITY.fullmatch(modality):
-            raise EnrolmentError(
-                f"the modality {modality!r} cannot be the name of a metric; rename {modality}_feat.npy on every node: letters, digits, spaces and "
-                "the characters _ . - can be used"
-            )
+        try:
+            check_modality(modality)
+        except DataError as error:
+            raise EnrolmentError(f"{error} (on every node)") from None
     modalities = config.modalities or tuple(card.modalities.split(","))
     check_hidden(config.data.hidden_shares, modalities)
     return modalities

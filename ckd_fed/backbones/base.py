@@ -81,6 +81,28 @@ class RankingBatch:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a step.
+
+    Attributes:
+        ranking: the ranking batch (user, positive, negative).
+        ranking_views: views whose ranking margins are wanted, the joint one first; each once.
+        distillation: the distillation batch, or None.
+        distillation_views: views whose distillation margins are wanted; none without a batch.
+    """
+
+    ranking: Triples
+    ranking_views: tuple[View, ...]
+    distillation: Triples | None
+    distillation_views: tuple[View, ...]
+
+    @property
+    def views(self) -> list[View]:
+        """All of them, the joint one first; each once."""
+        return list(dict.fromkeys([*self.ranking_views, *self.distillation_views]))
+
+
 @dataclass
 class StepOutput:
     """What one training step needs from a backbone.
@@ -100,7 +122,7 @@ class Backbone(nn.Module, ABC):
     """Base of every backbone.
 
     A subclass implements :meth:`forward` and :meth:`reset_parameters`. It may override :meth:`losses` where the published model is
-    trained by other losses, :meth:`start_epoch` where something is drawn or rebuilt once an epoch, and :meth:`step` where margins can
+    trained by other losses, :meth:`start_epoch` where something is drawn or rebuilt once an epoch, and :meth:`compute_step` where margins can
     be had without the full tables. A teacher is the same class built from one modality's features.
 
     Parameters are all that is trained and all that is saved; everything else is a buffer with ``persistent=False``, so a
@@ -227,21 +249,16 @@ class Backbone(nn.Module, ABC):
             distillation: the distillation batch, or None.
             distillation_views: views whose distillation margins are wanted.
         """
-        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
-        distillation_views = list(distillation_views) if distillation is not None else []
-        done = self(list(dict.fromkeys([*ranking_views, *distillation_views])))
-        return self.read(done, ranking, ranking_views, distillation, distillation_views)
+        views = tuple(dict.fromkeys([self.joint, *ranking_views]))
+        return self.compute_step(Asked(ranking, views, distillation, tuple(distillation_views) if distillation is not None else ()))
 
-    def read(
-        self,
-        done: Pass,
-        ranking: Triples,
-        ranking_views: Sequence[View],
-        distillation: Triples | None,
-        distillation_views: Sequence[View],
-    ) -> StepOutput:
-        """What :meth:`step` gives, from a pass over its views; the triples index its tables."""
-        gather = Gather(ranking, distillation)
+    def compute_step(self, asked: Asked) -> StepOutput:
+        """What :meth:`step` gives; overridden where it can be had for less than the full tables."""
+        return self.read(self(asked.views), asked)
+
+    def read(self, done: Pass, asked: Asked) -> StepOutput:
+        """A step's output from a pass over its views; the triples index its tables."""
+        gather = Gather(asked.ranking, asked.distillation)
         output = StepOutput({}, {}, {})
         of_users: dict[int, Tensor] = {}  # what is gathered from each table; views may share one
         of_items: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -251,12 +268,12 @@ class Backbone(nn.Module, ABC):
             if id(items) not in of_items:
                 of_items[id(items)] = gather.of_items(items)
             rows = gather.rows(of_users[id(users)], *of_items[id(items)])
-            if view in ranking_views:
+            if view in asked.ranking_views:
                 output.ranking[view] = rows.ranking_margin()
-            if view in distillation_views:
+            if view in asked.distillation_views:
                 output.distillation[view] = rows.distillation_margin()
             if view == self.joint:
-                output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[view], rows.users, rows.first, rows.second, done.parts))
+                output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[view], rows.users, rows.first, rows.second, done.parts))
         return output
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
 from ckd_fed.backbones.gather import Gather, Rows
 
 
@@ -32,18 +32,10 @@ class BlockBackbone(Backbone):
             }
         )
 
-    def step(
-        self,
-        ranking: Triples,
-        ranking_views: Sequence[View] = (),
-        distillation: Triples | None = None,
-        distillation_views: Sequence[View] = (),
-    ) -> StepOutput:
-        """As :meth:`Backbone.step`, block by block."""
-        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
-        distillation_views = list(distillation_views) if distillation is not None else []
-        views = self.blocks(list(dict.fromkeys([*ranking_views, *distillation_views])))
-        gather = Gather(ranking, distillation)
+    def compute_step(self, asked: Asked) -> StepOutput:
+        """As :meth:`Backbone.compute_step`, block by block."""
+        views = self.blocks(asked.views)
+        gather = Gather(asked.ranking, asked.distillation)
         rows: dict[int, Rows] = {}  # of each block
         ranked: dict[int, Tensor] = {}  # margins of each block
         distilled: dict[int, Tensor] = {}
@@ -51,14 +43,14 @@ class BlockBackbone(Backbone):
             if id(block) not in rows:
                 of_block = rows[id(block)] = gather.rows(gather.of_users(block.users), *gather.of_items(block.items))
                 ranked[id(block)] = of_block.ranking_margin()
-                if distillation is not None:
+                if asked.distillation is not None:
                     distilled[id(block)] = of_block.distillation_margin()
         output = StepOutput({}, {}, {})
         for view, blocks in views.items():
-            if view in ranking_views:
+            if view in asked.ranking_views:
                 output.ranking[view] = torch.stack([ranked[id(block)] for block in blocks]).sum(0)
-            if view in distillation_views:
+            if view in asked.distillation_views:
                 output.distillation[view] = torch.stack([distilled[id(block)] for block in blocks]).sum(0)
         user, first, second = (torch.cat(part, dim=1) for part in zip(*(rows[id(block)][:3] for block in views[self.joint]), strict=True))
-        output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[self.joint], user, first, second))
+        output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[self.joint], user, first, second))
         return output

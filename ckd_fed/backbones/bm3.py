@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
 from ckd_fed.backbones.gather import Gather
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.data.interactions import Interactions
@@ -116,25 +116,19 @@ class BM3(Backbone):
         users, items = nodes.split([self.n_users, self.n_items])
         return users, items + self.item_embedding
 
-    def step(
-        self,
-        ranking: Triples,
-        ranking_views: Sequence[View] = (),
-        distillation: Triples | None = None,
-        distillation_views: Sequence[View] = (),
-    ) -> StepOutput:
-        """As :meth:`Backbone.step`, with one view computed for all of them, and the predictor on the batches' rows alone."""
+    def compute_step(self, asked: Asked) -> StepOutput:
+        """As :meth:`Backbone.compute_step`, with one view computed for all of them, and the predictor on the batches' rows alone."""
         users, items = self.representations()
-        gather = Gather(ranking, distillation if distillation_views else None)
+        gather = Gather(asked.ranking, asked.distillation if asked.distillation_views else None)
         of_items, difference = gather.of_items(items)
         if difference is not None:
             difference = F.linear(difference, self.predictor.weight)  # the bias cancels
         rows = gather.rows(self.predictor(gather.of_users(users)), self.predictor(of_items), difference)
         margin = rows.ranking_margin()
-        batch = RankingBatch(ranking, margin, *rows[:3], {"users": users, "items": items})
-        output = StepOutput(self.losses(batch), dict.fromkeys([self.joint, *ranking_views], margin), {})
+        batch = RankingBatch(asked.ranking, margin, *rows[:3], {"users": users, "items": items})
+        output = StepOutput(self.losses(batch), dict.fromkeys(asked.ranking_views, margin), {})
         if difference is not None:
-            output.distillation = dict.fromkeys(distillation_views, rows.distillation_margin())
+            output.distillation = dict.fromkeys(asked.distillation_views, rows.distillation_margin())
         return output
 
     def losses(self, batch: RankingBatch) -> dict[str, Tensor]:

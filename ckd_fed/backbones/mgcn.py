@@ -6,13 +6,14 @@ Yu, Tan, Lu, Bao. "Multi-View Graph Convolutional Network for Multimedia Recomme
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.base import Asked, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
 from ckd_fed.backbones.contrastive import checked_temperature, info_nce
 from ckd_fed.backbones.gather import compacted
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
@@ -96,23 +97,14 @@ class MGCN(ItemGraphBackbone):
         """Full tables; ``parts`` are c and s of the joint view."""
         return self._pass(views, self.n_users)
 
-    def step(
-        self,
-        ranking: Triples,
-        ranking_views: Sequence[View] = (),
-        distillation: Triples | None = None,
-        distillation_views: Sequence[View] = (),
-    ) -> StepOutput:
-        """As :meth:`Backbone.step`; what follows the graphs is row by row, and only the rows of the batches are computed."""
-        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
-        distillation_views = list(distillation_views) if distillation is not None else []
-        batches = [ranking] if distillation is None else [ranking, distillation]
+    def compute_step(self, asked: Asked) -> StepOutput:
+        """As :meth:`Backbone.compute_step`; what follows the graphs is row by row, and only the rows of the batches are computed."""
+        batches = [asked.ranking] if asked.distillation is None else [asked.ranking, asked.distillation]
         users, of_users = compacted(self.n_users, [batch.users for batch in batches])
         items, of_items = compacted(self.n_items, [torch.stack([batch.first, batch.second]) for batch in batches])
-        views = list(dict.fromkeys([*ranking_views, *distillation_views]))
-        done = self._pass(views, len(users), torch.cat([users, items + self.n_users]))
+        done = self._pass(asked.views, len(users), torch.cat([users, items + self.n_users]))
         local = [Triples(mine, *both) for mine, both in zip(of_users, of_items, strict=True)]
-        return self.read(done, local[0], ranking_views, None if distillation is None else local[1], distillation_views)
+        return self.read(done, replace(asked, ranking=local[0], distillation=local[1] if len(local) > 1 else None))
 
     def _pass(self, views: Sequence[View], n_users: int, nodes: Tensor | None = None) -> Pass:
         """Tables of some nodes, n_users users and then items; of all nodes where None is given."""

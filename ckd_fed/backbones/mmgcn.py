@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
 from ckd_fed.backbones.gather import Gather, gather_rows
 from ckd_fed.backbones.graph import Propagation, row_normalised_adjacency
 from ckd_fed.data.interactions import Interactions
@@ -144,37 +144,28 @@ class MMGCN(Backbone):
             tables[view] = Embeddings(mean[: self.n_users], mean[self.n_users :])
         return Pass(tables)
 
-    def step(
-        self,
-        ranking: Triples,
-        ranking_views: Sequence[View] = (),
-        distillation: Triples | None = None,
-        distillation_views: Sequence[View] = (),
-    ) -> StepOutput:
-        """As :meth:`Backbone.step`, but the rows of the batches are gathered from the branches and averaged, rather than whole tables."""
-        ranking_views = list(dict.fromkeys([self.joint, *ranking_views]))
-        distillation_views = list(distillation_views) if distillation is not None else []
-        views = list(dict.fromkeys([*ranking_views, *distillation_views]))
-        gather = Gather(ranking, distillation)
+    def compute_step(self, asked: Asked) -> StepOutput:
+        """As :meth:`Backbone.compute_step`, but the rows of the batches are gathered from the branches and averaged, rather than whole tables."""
+        gather = Gather(asked.ranking, asked.distillation)
         index = torch.cat([gather.users, gather.items + self.n_users])  # (B + K + 2B,)
         pairs = None if gather.pairs is None else (gather.pairs[0] + self.n_users, gather.pairs[1] + self.n_users)
         branches, differences = {}, {}
-        for m, (states, outputs) in self.branches(views).items():
+        for m, (states, outputs) in self.branches(asked.views).items():
             rows, difference = gather_rows(outputs.flatten(1), index, pairs)
             branches[m] = states, rows.view(len(rows), len(states), -1)
             if difference is not None:
                 differences[m] = states, difference.view(len(difference), len(states), -1)
         output = StepOutput({}, {}, {})
-        for view in views:
+        for view in asked.views:
             with self.gradient(view):
                 users, items = self._mean(view, branches).split([len(gather.users), len(gather.items)])
                 done = gather.rows(users, items, self._mean(view, differences) if differences else None)
-            if view in ranking_views:
+            if view in asked.ranking_views:
                 output.ranking[view] = done.ranking_margin()
-            if view in distillation_views:
+            if view in asked.distillation_views:
                 output.distillation[view] = done.distillation_margin()
             if view == self.joint:
-                output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[view], *done[:3]))
+                output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[view], *done[:3]))
         return output
 
     def _mean(self, view: View, branches: Mapping[str, tuple[list[bool], Tensor]]) -> Tensor:

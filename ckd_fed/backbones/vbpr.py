@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Backbone, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
+from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
 from ckd_fed.backbones.gather import Gather
 from ckd_fed.data.interactions import Interactions
 
@@ -94,15 +94,9 @@ class VBPR(Backbone):
             for view in views
         }
 
-    def step(
-        self,
-        ranking: Triples,
-        ranking_views: Sequence[View] = (),
-        distillation: Triples | None = None,
-        distillation_views: Sequence[View] = (),
-    ) -> StepOutput:
+    def compute_step(self, asked: Asked) -> StepOutput:
         """One gather per table over both batches, then block margins; see the class docstring."""
-        gather = Gather(ranking, distillation)
+        gather = Gather(asked.ranking, asked.distillation)
         ranking_rows: list[tuple[Tensor, Tensor, Tensor]] = []  # the ranking batch's rows, block by block
         ranked: dict[str | None, Tensor] = {}  # margins of the ranking batch, block by block
         distilled: dict[str | None, Tensor] = {}  # of the distillation batch
@@ -112,20 +106,19 @@ class VBPR(Backbone):
             rows = gather.rows(users, items, difference)
             ranking_rows.append(rows[:3])
             ranked[block] = rows.ranking_margin()
-            if distillation is not None:
+            if asked.distillation is not None:
                 distilled[block] = rows.distillation_margin()
 
         def of_view(view: View, blocks: dict[str | None, Tensor]) -> Tensor:
             return sum((blocks[m] for m in self.modalities if m in view), blocks[None])
 
         output = StepOutput({}, {}, {})
-        for view in dict.fromkeys([self.joint, *ranking_views]):
+        for view in asked.ranking_views:
             output.ranking[view] = of_view(view, ranked)
-        if distillation is not None:
-            for view in distillation_views:
-                output.distillation[view] = of_view(view, distilled)
+        for view in asked.distillation_views:
+            output.distillation[view] = of_view(view, distilled)
         user, first, second = (torch.cat(part, dim=1) for part in zip(*ranking_rows, strict=True))
-        output.loss_terms = self.losses(RankingBatch(ranking, output.ranking[self.joint], user, first, second))
+        output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[self.joint], user, first, second))
         return output
 
     def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, Tensor | None]:

@@ -106,11 +106,11 @@ def test_settings_that_cannot_come_true_fail_before_anybody_trains(cards, refuse
     assert assign(config(**{"data.missing": "text:0.3"}), cards)[0]
 
 
-@pytest.mark.parametrize("name", ["clip+bert", "a,b", "a@b"])
+@pytest.mark.parametrize("name", ["clip+bert", "a,b", "a@b", "my text", "values"])
 @pytest.mark.parametrize("role", ["student", ""])
-def test_a_modality_whose_name_no_metric_could_hold_is_refused(name, role, refuses):
+def test_a_modality_whose_name_cannot_be_used_is_refused(name, role, refuses):
     card = replace(CARD, role=role, partitions=1, modalities=f"image,{name}", features=json.dumps({"image": "i", name: "t"}))
-    refuses(EnrolmentError, lambda: assign(config(), {5: card}), f"{name}_feat.npy", "rename")
+    refuses(EnrolmentError, lambda: assign(config(), {5: card}), repr(name), "rename its file", "on every node")
 
 
 @pytest.mark.parametrize("features", ["", "[1]", '{"text": 1}'])
