@@ -14,14 +14,13 @@ import os
 import shutil
 import uuid
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ckd_fed.checkpoint import load_checkpoint, load_state, save_checkpoint, to_arrays, to_tensors
+from ckd_fed.checkpoint import load_checkpoint, load_state, save_checkpoint
 from ckd_fed.errors import DataError
-from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.fit import Fit
+from ckd_fed.training.fit_state import fit_state, restore_fit
 
 
 class Workspace:
@@ -53,13 +52,8 @@ class Workspace:
         if keep_previous and self.exists:
             self._keep()
         state_id = uuid.uuid4().hex
-        arrays = {
-            **to_arrays(fit.trainer.snapshot(), "parameter/"),
-            **to_arrays(fit.trainer.optimizer_state(), "optimizer/"),
-            **to_arrays(fit.best, "best/"),
-        }
-        stopping = {**asdict(fit.stopping), "best": fit.stopping.best if fit.best else None}
-        save_checkpoint(self.path, arrays, {"id": state_id, "role": self.role, "epoch": fit.epoch, "stopping": stopping, **more})
+        arrays, values = fit_state(fit)
+        save_checkpoint(self.path, arrays, {"id": state_id, "role": self.role, **values, **more})
         return state_id
 
     def load(self, fit: Fit, *, previous: bool = False) -> dict[str, Any]:
@@ -71,12 +65,7 @@ class Workspace:
         path = self.previous if previous else self.path
         arrays, state = load_checkpoint(path)
         try:
-            fit.trainer.restore(to_tensors(arrays, "parameter/"))
-            fit.trainer.load_optimizer_state(to_tensors(arrays, "optimizer/"))
-            fit.best = to_tensors(arrays, "best/")
-            stopping = dict(state["stopping"])
-            fit.stopping = EarlyStopping(**{**stopping, "best": float("-inf") if stopping["best"] is None else stopping["best"]})
-            fit.epoch = int(state["epoch"])
+            restore_fit(fit, arrays, state)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise DataError(f"{path} does not fit this run's model: {str(error).splitlines()[0]}") from None
         return state
