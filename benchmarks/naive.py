@@ -77,9 +77,23 @@ def margin(view: Embeddings, batch: Batch) -> Tensor:
     return (users * view.items[batch[1]]).sum(-1) - (users * view.items[batch[2]]).sum(-1)
 
 
-def plain_loss(model: Model, ranking: Batch, adjacency: Tensor | None = None) -> Tensor:
-    """BPR and L2 of a teacher or a plain student."""
-    return _own_loss(model, tables(model, model.modalities, adjacency), ranking)
+def plain_loss(model: Model, ranking: Batch, adjacency: Tensor | None = None, present: Sequence[str] | None = None) -> Tensor:
+    """BPR and L2 of a plain student, or of a teacher.
+
+    Args:
+        present: modalities; all by default. The published code's teacher of a modality is the model of all of them with the others absent.
+    """
+    return _own_loss(model, tables(model, model.modalities if present is None else present, adjacency), ranking)
+
+
+def absent_l2(model: VBPR, present: Sequence[str]) -> Tensor:
+    """The part of a view's L2 term that is that of the absent modalities' constant blocks, which change no margin."""
+    blocks = [
+        torch.cat([p.mean(0), 2**0.5 * model.projection[m](model.get_buffer(f"mean_features_{m}"))])
+        for m, p in model.preference.items()
+        if m not in present
+    ]
+    return model.l2 * 0.5 * torch.cat(blocks).square().sum()
 
 
 def _own_loss(model: Model, joint: Embeddings, ranking: Batch) -> Tensor:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import Gather
+from ckd_fed.backbones.gather import BLOCK, Gather, gather_rows, project_rows
 from ckd_fed.data.interactions import Interactions
 
 
@@ -122,11 +121,17 @@ class VBPR(Backbone):
         return output
 
     def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, Tensor | None]:
-        """As ``gather.of_items`` of the projected features: of the rows asked for or of the catalogue, whichever is fewer."""
+        """As ``gather.of_items`` of the projected features, of which only the rows that are asked for are computed."""
         features, linear = self.features(modality), self.projection[modality]
+        assert isinstance(linear, nn.Linear)
         pairs = gather.pairs or ()
-        if len(gather.items) + sum(map(len, pairs)) >= self.n_items:
+        n = len(gather.items) + sum(map(len, pairs))
+        # Finding the distinct rows pays where features are wide; on a GPU it would make the host wait.
+        if features.device.type == "cpu" and n * features.shape[1] > BLOCK:
+            asked = gather.distinct_items(self.n_items)
+            return gather_rows(project_rows(features, asked.rows, linear), asked.items, asked.pairs)
+        if n >= self.n_items:
             return gather.of_items(linear(features))
-        rows = linear(F.embedding(torch.cat([gather.items, *pairs]), features))
+        rows = project_rows(features, torch.cat([gather.items, *pairs]), linear)
         ranking, *others = rows.split([len(gather.items), *map(len, pairs)])
         return ranking, others[0] - others[1] if others else None

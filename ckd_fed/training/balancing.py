@@ -22,16 +22,22 @@ with probability p, at least one being kept, and the BPR loss is taken on the ma
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ckd_fed.backbones.base import Backbone, Triples, View
 from ckd_fed.config import BalancingConfig
 from ckd_fed.distillation.objective import ObjectiveOutput, PlainObjective
 from ckd_fed.errors import ConfigError
+
+
+class Optimizer(Protocol):
+    """What changes parameters by their gradients."""
+
+    def step(self) -> object: ...
 
 
 class Balancing:

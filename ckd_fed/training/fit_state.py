@@ -17,7 +17,7 @@ def fit_state(fit: Fit, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[s
     """Parameters, the optimiser's state and the best parameters, their names prefixed; and epoch and early stopping."""
     arrays = {
         **to_arrays(fit.trainer.snapshot(), f"{prefix}parameter/"),
-        **to_arrays(fit.trainer.optimizer_state(), f"{prefix}optimizer/"),
+        **to_arrays(fit.trainer.optimizer.state(), f"{prefix}optimizer/"),
         **to_arrays(fit.best, f"{prefix}best/"),
     }
     return arrays, {"epoch": fit.epoch, "stopping": {**asdict(fit.stopping), "best": fit.stopping.best if fit.best else None}}
@@ -30,7 +30,7 @@ def restore_fit(fit: Fit, arrays: Mapping[str, np.ndarray], values: Mapping[str,
         KeyError, TypeError, RuntimeError, ValueError: the state is incomplete, or of another model.
     """
     fit.trainer.restore(to_tensors(arrays, f"{prefix}parameter/"))
-    fit.trainer.load_optimizer_state(to_tensors(arrays, f"{prefix}optimizer/"))
+    fit.trainer.optimizer.load_state(to_tensors(arrays, f"{prefix}optimizer/"))
     fit.best = to_tensors(arrays, f"{prefix}best/")
     stopping = dict(values["stopping"])
     fit.stopping = EarlyStopping(**{**stopping, "best": float("-inf") if stopping["best"] is None else stopping["best"]})

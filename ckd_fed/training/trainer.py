@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ckd_fed.evaluation.calibration import Calibration, calibrate, calibration_v
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.evaluation.tested import Tested, add_warm_and_cold, rank_test_users
+from ckd_fed.training.adam import Adam
 from ckd_fed.training.balancing import Balancing
 
 Values = dict[str, float]
@@ -64,7 +64,7 @@ class Trainer:
         self.objective = objective
         self.ks = tuple(ks)
         self.share = share
-        self.optimizer = torch.optim.Adam(backbone.parameters(), lr=learning_rate, fused=True)
+        self.optimizer = Adam(backbone, learning_rate)
         self.balancing = balancing or Balancing()
 
     @property
@@ -103,7 +103,7 @@ class Trainer:
             else:
                 margins = teacher_margins(sheets, row, triples, like, self.dataset.masks)
                 output = self.objective(self.backbone, ranking, _triples(triples.distillation, self.device), margins)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             output.loss.backward()
             self.balancing.step(self.backbone, self.optimizer)
             _accumulate(means, output, counterfactual=self.backbone.scores_use_features)
@@ -189,24 +189,6 @@ class Trainer:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Load parameters saved by :meth:`snapshot`."""
         self.backbone.load_state_dict(dict(state))
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's state as named tensors: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``. Empty before the first step."""
-        named = {}
-        for name, parameter in self.backbone.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                named[f"{name}/{key}"] = value.detach().cpu().clone()
-        return named
-
-    def load_optimizer_state(self, named: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`optimizer_state` gave."""
-        state = copy.copy(self.optimizer.state_dict())
-        state["state"] = {
-            index: {key: named[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for index, (name, _) in enumerate(self.backbone.named_parameters())
-            if f"{name}/step" in named
-        }
-        self.optimizer.load_state_dict(state)
 
 
 def _triples(array: np.ndarray, device: torch.device) -> Triples:

@@ -135,13 +135,13 @@ def test_stretches_equal_one_uninterrupted_fit(make_trainer, sheets, distilled, 
         part = Fit(make_trainer(distilled=distilled, seed=100 * number), **options)  # a fresh process: other initial parameters
         if state:
             part.trainer.restore(state["parameters"])
-            part.trainer.load_optimizer_state(state["optimizer"])
+            part.trainer.optimizer.load_state(state["optimizer"])
             part.stopping, part.best, part.epoch = state["stopping"], state["best"], state["epoch"]
         found += part.advance(epochs, sheets=teach)
         state = copy.deepcopy(
             {
                 "parameters": part.trainer.snapshot(),
-                "optimizer": part.trainer.optimizer_state(),
+                "optimizer": part.trainer.optimizer.state(),
                 "stopping": part.stopping,
                 "best": part.best,
                 "epoch": part.epoch,
@@ -151,7 +151,7 @@ def test_stretches_equal_one_uninterrupted_fit(make_trainer, sheets, distilled, 
     assert whole.done
     assert part.epoch == whole.epoch == 5
     assert_equal_bits(parameters(part.trainer), parameters(whole.trainer))
-    assert_equal_bits(part.trainer.optimizer_state(), whole.trainer.optimizer_state())
+    assert_equal_bits(part.trainer.optimizer.state(), whole.trainer.optimizer.state())
     assert_equal_bits(part.best, whole.best)
     assert part.stopping == whole.stopping
     assert [row["epoch"] for row in found] == [row["epoch"] for row in rows] == [2, 4, 5]
@@ -170,15 +170,15 @@ def test_the_optimiser_state_matters(make_trainer):
 
 def test_optimiser_state_is_complete_and_a_copy(make_trainer):
     trainer = make_trainer()
-    assert trainer.optimizer_state() == {}
-    trainer.load_optimizer_state({})
+    assert trainer.optimizer.state() == {}
+    trainer.optimizer.load_state({})
     trainer.train_epoch(0)
-    state = trainer.optimizer_state()
+    state = trainer.optimizer.state()
     assert set(state) == {f"{name}/{key}" for name in parameters(trainer) for key in ("step", "exp_avg", "exp_avg_sq")}
     before = {key: value.clone() for key, value in state.items()}
     trainer.train_epoch(1)
     assert_equal_bits(state, before)
-    assert trainer.optimizer.param_groups[0]["lr"] == 5e-3
+    assert trainer.optimizer.learning_rate == 5e-3
 
 
 def test_a_snapshot_is_a_copy(make_trainer):
@@ -281,7 +281,7 @@ def test_shares_train_on_their_steps_alone(make_trainer):
     for worker, part in enumerate(parts):
         part.train_epoch(0)
         twin.restore(make_trainer().snapshot())
-        twin.optimizer.state.clear()
+        twin.optimizer.load_state({})
         twin.train_epoch(0, steps=[twin.stream.step(0, s) for s in range(worker, twin.stream.steps_per_epoch, 3)])
         assert_equal_bits(parameters(part), parameters(twin))
 

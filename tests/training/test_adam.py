@@ -1,0 +1,93 @@
+"""The optimiser against torch's own."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from ckd_fed.training.adam import Adam
+
+
+@pytest.fixture
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3), nn.Embedding(4, 3))
+
+
+def backward(module: nn.Module, number: int) -> None:
+    """Gradients of all but the embedding, and from the third step on of that too."""
+    x = torch.randn(6, 7, generator=torch.Generator().manual_seed(number))
+    out = module[1](module[0](x)).square().sum()  # type: ignore[index]
+    (out + module[2].weight.square().sum() if number >= 2 else out).backward()  # type: ignore[index]
+
+
+def test_every_step_is_torchs_own_bit_by_bit(module):
+    other = copy.deepcopy(module)
+    ours, theirs = Adam(module, 3e-2), torch.optim.Adam(other.parameters(), lr=3e-2, fused=True)
+    for number in range(6):
+        backward(module, number)
+        backward(other, number)
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+        theirs.zero_grad()
+        assert all(p.grad is None for p in module.parameters())
+        for (name, mine), reference in zip(module.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(mine, reference), (number, name)
+    for (name, _), reference in zip(module.named_parameters(), other.parameters(), strict=True):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(ours.state()[f"{name}/{key}"], theirs.state[reference][key]), (name, key)
+
+
+def test_a_parameter_without_a_gradient_stays_and_has_no_state(module):
+    optimizer, before = Adam(module, 1.0), module[2].weight.detach().clone()  # type: ignore[index]
+    backward(module, 0)
+    optimizer.step()
+    assert torch.equal(module[2].weight, before)  # type: ignore[index]
+    assert {name.split("/")[0] for name in optimizer.state()} == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_it_goes_on_from_its_state(module):
+    other = copy.deepcopy(module)
+    whole, part = Adam(module, 1e-2), Adam(other, 1e-2)
+    for number in range(5):
+        backward(module, number)
+        backward(other, number)
+        whole.step()
+        part.step()
+        whole.zero_grad()
+        part.zero_grad()
+        taken = part.state()
+        part = Adam(other, 1e-2)
+        part.load_state(taken)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_a_state_of_another_model_is_refused(module):
+    optimizer = Adam(module, 1e-2)
+    backward(module, 0)
+    optimizer.step()
+    state = optimizer.state()
+    with pytest.raises(ValueError, match=r"0\.weight/exp_avg has shape \(2, 7\), the parameter has \(5, 7\)"):
+        optimizer.load_state({**state, "0.weight/exp_avg": torch.zeros(2, 7)})
+    with pytest.raises(KeyError, match=r"1\.bias/exp_avg_sq"):
+        optimizer.load_state({key: value for key, value in state.items() if key != "1.bias/exp_avg_sq"})
+    assert all(torch.equal(value, optimizer.state()[key]) for key, value in state.items())  # what was there is kept
+
+
+def test_training_does_not_import_torchs_compiler():
+    """It takes seconds and 70 MB, and in a deployment every message would pay for it."""
+    program = (
+        "import sys; from ckd_fed.config import resolve; "
+        "from ckd_fed.data.locate import open_dataset; from ckd_fed.training.build import build_trainer; "
+        "config = resolve({'data.standin': 'always'}, {}); trainer = build_trainer(config, open_dataset(config), 'student'); "
+        "trainer.train_epoch(0, steps=[trainer.stream.step(0, 0)]); trainer.diagnose(trainer.dataset.val); "
+        "print(sorted(name for name in sys.modules if name in ('torch._dynamo', 'torch._inductor', 'sympy')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
