@@ -16,6 +16,7 @@ Steps per epoch = floor(n_train / B) + 1.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -145,10 +146,14 @@ class TripleStream:
         ranking = np.stack([users, positive, negative], dtype=np.int32, casting="same_kind")
         return StepTriples(ranking, np.stack([kd_users, *kd_items], dtype=np.int32, casting="same_kind"))
 
-    def epoch(self, epoch: int, share: tuple[int, int] = (0, 1)) -> list[StepTriples]:
-        """Triples of a whole epoch, or of worker w's share of it: the steps congruent to w modulo W for ``share=(w, W)``."""
+    def steps(self, epoch: int, share: tuple[int, int] = (0, 1)) -> Iterator[StepTriples]:
+        """Triples of an epoch one step after the other, or of worker w's share of it: the steps congruent to w modulo W for ``share=(w, W)``."""
         worker, workers = share
-        return [self.step(epoch, step) for step in range(worker, self.steps_per_epoch, workers)]
+        return (self.step(epoch, step) for step in range(worker, self.steps_per_epoch, workers))
+
+    def epoch(self, epoch: int, share: tuple[int, int] = (0, 1)) -> list[StepTriples]:
+        """:meth:`steps` all at once; 12 (B + K) bytes each."""
+        return list(self.steps(epoch, share))
 
     def _negatives(self, users: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """The rank-th item (from 0) that is not a training item of each user: exact, no rejection, no loop.

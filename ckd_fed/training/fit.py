@@ -69,8 +69,13 @@ class Fit:
         pending: list[Values] = []
         started = time.monotonic()
         while self.epoch < last and not self.stopping.stop:
-            steps = self.trainer.stream.epoch(self.epoch, self.trainer.share)
-            pending.append(self.trainer.train_epoch(self.epoch, sheets(steps) if sheets else None, steps))
+            # Margins are of a whole epoch's triples; without them no more than one step's is held at a time.
+            if sheets is None:
+                values = self.trainer.train_epoch(self.epoch)
+            else:
+                steps = self.trainer.stream.epoch(self.epoch, self.trainer.share)
+                values = self.trainer.train_epoch(self.epoch, sheets(steps), steps)
+            pending.append(values)
             self.epoch += 1
             if not validations_due(self.validate_every, self.max_epochs, self.epoch - 1, self.epoch):
                 continue

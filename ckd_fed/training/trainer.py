@@ -89,14 +89,12 @@ class Trainer:
         """
         if (self.objective is None) != (sheets is None):
             raise ValueError("sheets of margins are needed exactly if there is a distillation objective")
-        if steps is None:
-            steps = self.stream.epoch(epoch, self.share)
         like = next(self.backbone.parameters())
         means: dict[str, Mean] = {}
         self.backbone.train()
         self.backbone.start_epoch(epoch, self._generator(epoch))
         self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
-        for row, triples in enumerate(steps):
+        for row, triples in enumerate(self.stream.steps(epoch, self.share) if steps is None else steps):
             ranking = _triples(triples.ranking, self.device)
             if self.objective is None or sheets is None:
                 output = self.balancing.loss(self.backbone, ranking)
