@@ -1,6 +1,6 @@
 """Throughput and memory of the Amazon pipeline, on made-up files of the true formats, extrapolated to the real Baby files.
 
-    python -m benchmarks.amazon [--scale 0.1]
+    python benchmarks/amazon.py [--scale 0.1]
 
 Nothing here is Amazon's: names, texts and features are drawn at random.
 """

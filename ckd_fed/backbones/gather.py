@@ -7,18 +7,17 @@ torch's own operations take 1.5 (5,000 pairs of 6,710 rows, d = 64), because eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from ckd_fed.backbones.base import Triples
 
 Pairs = tuple[Tensor, Tensor]
-BLOCK = 1 << 20  # numbers of a block of features: 4 MB in float32
 
 
 class Rows(NamedTuple):
@@ -116,23 +115,6 @@ def gather_rows(table: Tensor, index: Tensor, pairs: Pairs | None = None) -> tup
     return rows, None if pairs is None else F.embedding(pairs[0], table) - F.embedding(pairs[1], table)
 
 
-def project_rows(features: Tensor, index: Tensor, linear: nn.Linear) -> Tensor:
-    """``linear(features[index])``, with gradients for the linear layer alone; ``(len(index), linear.out_features)``.
-
-    On a CPU it works block by block, and its backward gathers each block anew: a block stays in the cache, while a copy of all rows passes
-    through memory four times. For 5,600 of 7,050 rows of 4,096 numbers the two passes take 70 ms, over all rows with torch's own 92 (two threads).
-
-    Args:
-        features: ``(n, dimension)``.
-        index: ``(k,)`` int64.
-        linear: a layer with a bias.
-    """
-    if features.device.type != "cpu" or linear.bias is None or len(index) * features.shape[1] <= BLOCK:
-        return linear(F.embedding(index, features))
-    rows: Tensor = _ProjectRows.apply(features, index, linear.weight, linear.bias)
-    return rows
-
-
 def compacted(n: int, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The distinct numbers of some index tensors in ascending order, and the indices as positions among these.
 
@@ -154,34 +136,6 @@ def differences(table: Tensor, pairs: Pairs) -> Tensor:
     # A bag of the two rows with weights 1 and -1: the same bits, and neither row is laid out.
     signs = torch.tensor([1.0, -1.0], dtype=table.dtype).repeat(len(pairs[0]), 1)
     return F.embedding_bag(torch.stack(pairs, dim=1), table.detach(), mode="sum", per_sample_weights=signs)
-
-
-def _blocks(features: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Positions in the index, and the features of these rows, in one memory that every block overwrites."""
-    n = max(1, min(len(index), BLOCK // max(1, features.shape[1])))
-    memory = features.new_empty((n, features.shape[1]))
-    for start in range(0, len(index), n):
-        part = index[start : start + n]
-        yield slice(start, start + len(part)), torch.index_select(features, 0, part, out=memory[: len(part)])
-
-
-class _ProjectRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(features, index)
-        rows = features.new_empty((len(index), len(weight)))
-        for where, block in _blocks(features, index):
-            torch.addmm(bias, block, weight.T, out=rows[where])
-        return rows
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, rows: Tensor) -> tuple[None, None, Tensor, Tensor]:
-        features, index = ctx.saved_tensors
-        transposed = features.new_zeros((features.shape[1], rows.shape[1]))  # this way round the product is a tenth faster
-        for where, block in _blocks(features, index):
-            transposed.addmm_(block.T, rows[where])
-        return None, None, transposed.T, rows.sum(0)
 
 
 class _Gather(torch.autograd.Function):

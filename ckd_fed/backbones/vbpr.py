@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import BLOCK, Gather, gather_rows, project_rows
+from ckd_fed.backbones.gather import Gather, gather_rows
+from ckd_fed.backbones.projection import pays, project_rows
 from ckd_fed.data.interactions import Interactions
 
 
@@ -126,12 +128,11 @@ class VBPR(Backbone):
         assert isinstance(linear, nn.Linear)
         pairs = gather.pairs or ()
         n = len(gather.items) + sum(map(len, pairs))
-        # Finding the distinct rows pays where features are wide; on a GPU it would make the host wait.
-        if features.device.type == "cpu" and n * features.shape[1] > BLOCK:
+        if pays(features, n):
             asked = gather.distinct_items(self.n_items)
             return gather_rows(project_rows(features, asked.rows, linear), asked.items, asked.pairs)
         if n >= self.n_items:
             return gather.of_items(linear(features))
-        rows = project_rows(features, torch.cat([gather.items, *pairs]), linear)
+        rows = linear(F.embedding(torch.cat([gather.items, *pairs]), features))
         ranking, *others = rows.split([len(gather.items), *map(len, pairs)])
         return ranking, others[0] - others[1] if others else None

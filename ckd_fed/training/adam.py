@@ -60,7 +60,7 @@ class Adam:
 
     def state(self) -> dict[str, Tensor]:
         """A copy on the CPU: ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``. Empty before the first step."""
-        return {f"{name}/{key}": self._state[name][key].cpu().clone() for name in self._parameters if name in self._state for key in _KEYS}
+        return {f"{name}/{key}": self._state[name][key].to("cpu", copy=True) for name in self._parameters if name in self._state for key in _KEYS}
 
     def load_state(self, named: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state` gave.

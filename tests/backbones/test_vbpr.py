@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ckd_fed.backbones import projection
 from ckd_fed.backbones.base import Triples
 from ckd_fed.backbones.build import build_backbone
 
@@ -47,3 +48,27 @@ def test_embeddings_by_hand(parts):
         torch.testing.assert_close(users[:, block], q if m == "text" else q.mean(0).expand_as(q))
     torch.testing.assert_close(users[:, :4], state["user_embedding"])
     torch.testing.assert_close(items[:, :4], state["item_embedding"])
+
+
+@pytest.mark.parametrize(
+    "pairs", [None, Triples(torch.tensor([2, 2, 6]), torch.tensor([9, 1, 1]), torch.tensor([9, 4, 0]))], ids=["plain", "distilled"]
+)
+def test_wide_features_give_the_same_step(parts, monkeypatch, pairs):
+    """Projected as distinct rows in blocks (here of two rows), margins, losses and gradients are those of the whole catalogue."""
+    student, _, triples = parts
+    views = [student.only(m) for m in student.modalities]
+
+    def step():
+        output = student.step(triples, views, pairs, views if pairs else [])
+        values = [*output.loss_terms.values(), *output.ranking.values(), *output.distillation.values()]
+        weights = torch.linspace(0.5, 1.5, sum(v.numel() for v in values), dtype=torch.float64)
+        total = (torch.cat([v.flatten() for v in values]) * weights).sum()
+        return [v.detach() for v in values], torch.autograd.grad(total, list(student.parameters()))
+
+    expected = step()
+    calls = []
+    monkeypatch.setattr(projection, "BLOCK", 2 * min(student.features(m).shape[1] for m in student.modalities))
+    monkeypatch.setattr(projection, "_blocks", lambda *given, real=projection._blocks: calls.append(len(given[1])) or real(*given))
+    torch.testing.assert_close(step(), expected, rtol=1e-12, atol=1e-12)
+    distinct = {*triples.first.tolist(), *triples.second.tolist(), *((*pairs.first.tolist(), *pairs.second.tolist()) if pairs else ())}
+    assert calls == [len(distinct)] * (2 * len(student.modalities))  # forward and backward

@@ -1,0 +1,44 @@
+"""Rows projected in blocks, against torch's own operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ckd_fed.backbones import projection
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(6, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("block", [1, 6, 13, 24, 10_000], ids="{} numbers a block".format)  # under a row, 1, 2 and 4 rows, all
+@pytest.mark.parametrize("index", [[4, 0, 4, 8, 1, 1, 7], [3], []], ids=["repeated", "one", "none"])
+def test_rows_and_gradients_are_those_of_the_layer(linear, monkeypatch, block, index):
+    monkeypatch.setattr(projection, "BLOCK", block)
+    features, rows = torch.randn(9, 6, dtype=torch.float64), torch.tensor(index, dtype=torch.long)
+    weight = torch.randn(len(index), 3, dtype=torch.float64)
+    found, expected = projection.project_rows(features, rows, linear), linear(features[rows])
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+    ours = torch.autograd.grad((found * weight).sum(), list(linear.parameters()))
+    theirs = torch.autograd.grad((expected * weight).sum(), list(linear.parameters()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_features_are_read_only(linear):
+    """They are mapped from a file, and no gradient goes to them."""
+    features = torch.randn(9, 6, dtype=torch.float64)
+    before = features.clone()
+    projection.project_rows(features, torch.tensor([2, 5]), linear).sum().backward()
+    assert torch.equal(features, before)
+    assert features.grad is None
+
+
+def test_it_pays_beyond_a_block():
+    features = torch.empty(4, projection.BLOCK // 8)
+    assert not projection.pays(features, 8)
+    assert projection.pays(features, 9)
+    assert not projection.pays(features.to("meta"), 9)
