@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +47,20 @@ def _sweep(arguments: argparse.Namespace) -> None:
             print(job.run)
         return
 
+    from ckd_fed.experiments.progress import SweepProgress
     from ckd_fed.experiments.summary import summarise, table_rows, write_summary
     from ckd_fed.experiments.sweep import run_jobs
 
     console = Console(width=None if Console().is_terminal else 220)
     failed: dict[Job, str] = {}
 
-    def work(advance: Callable[[Job, str], None], write: Callable[[str], None]) -> Any:
-        def done(job: Job, how: str) -> None:
-            if how.startswith("failed"):
-                failed[job] = how
-            advance(job, how)
+    def done(job: Job, how: str) -> None:
+        if how.startswith("failed"):
+            failed[job] = how
+        progress.done(job, how)
 
-        return run_jobs(planned, done, write)
-
-    found = _with_progress(console, len(planned), work)
+    with SweepProgress(console, len(planned)) as progress:
+        found = run_jobs(planned, done, progress.write, progress.at)
     if found:
         lines = summarise(recipe, found)
         header, rows = table_rows(lines)
@@ -77,21 +75,3 @@ def _sweep(arguments: argparse.Namespace) -> None:
             print(path)
     if failed:
         raise CkdError(f"{len(failed)} of {len(planned)} runs failed: " + "; ".join(f"{job.run} ({how})" for job, how in failed.items()))
-
-
-def _with_progress(console: Any, total: int, work: Callable[[Callable[[Any, str], None], Callable[[str], None]], Any]) -> Any:
-    """A bar with the time left on a terminal, a line a run elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    if not console.is_terminal:
-        count = iter(range(1, total + 1))
-        return work(lambda job, how: print(f"{next(count)}/{total} {job.run}: {how}", flush=True), lambda line: print(line, flush=True))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("sweep", total=total)
-
-        def advance(job: Any, how: str) -> None:
-            progress.console.print(f"{job.run}: {how}")
-            progress.advance(bar)
-
-        return work(advance, progress.console.print)

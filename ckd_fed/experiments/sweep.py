@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -32,7 +33,9 @@ _IRRELEVANT = (
 _Datasets = dict[tuple[Path, tuple[str, ...]], Dataset]  # folder and modalities asked for -> the dataset, opened once
 
 
-def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Callable[[str], None]) -> dict[Job, RunHistory]:
+def run_jobs(
+    planned: Sequence[Job], done: Callable[[Job, str], None], write: Callable[[str], None], at: Callable[[Job, str], None] = lambda job, line: None
+) -> dict[Job, RunHistory]:
     """Run what has not finished yet.
 
     Variants of a seed share the teachers that are the same for them. A run that finished with the same configuration on the same data is taken
@@ -44,6 +47,7 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
         planned: of :func:`~ckd_fed.experiments.recipe.jobs`.
         done: told of every job as it ends, and how: ``kept``, ``finished`` or ``failed: <type>: <reason>``.
         write: prints one line.
+        at: told what the job that is running would print, line by line.
 
     Returns:
         The histories of the jobs that finished.
@@ -74,7 +78,7 @@ def run_jobs(planned: Sequence[Job], done: Callable[[Job, str], None], write: Ca
                 write(f"{job.run} had broken off; it {'goes on from its last state' if config.resume else 'is begun anew'}")
                 if not config.resume:
                     shutil.rmtree(directory)
-            train(config, write=lambda line: None, memory=memory)
+            train(config, write=partial(at, job), memory=memory)
             found[job] = read_history(directory)
         except Exception as error:  # whatever it is, it is this run's own affair
             done(job, f"failed: {type(error).__name__}: {' '.join(str(error).split())}")

@@ -1,16 +1,19 @@
 """Sweeps: every run once, taken up where they broke off, summed up in one table and one figure."""
 
 import csv
+import io
 import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ckd_fed.analysis.history import read_history
 from ckd_fed.cli import main
 from ckd_fed.config import configs_directory, resolve
 from ckd_fed.errors import ConfigError, TrainingError
 from ckd_fed.experiments import sweep
+from ckd_fed.experiments.progress import SweepProgress
 from ckd_fed.experiments.recipe import jobs, read_sweep
 from ckd_fed.experiments.summary import spread, summarise
 from ckd_fed.training import central, progress
@@ -261,3 +264,46 @@ def test_what_is_no_sweep_is_said(tmp_path, refuses, capsys):
         with pytest.raises(SystemExit):
             main(["sweep", "ablations", *arguments])
         assert mention in capsys.readouterr().err
+
+
+def lines_of_a_run(recipe):
+    planned = jobs(read_sweep(str(recipe)), ["toy"], ["vbpr"], [1], QUICK)
+    return planned, [
+        "toy: 60 users",
+        "round   1 teachers   image: epoch 2 loss 0.69",
+        "NOTE: [brackets]",
+        "round   2 distilling epoch 2 loss 3.1 (bpr 0.7)",
+    ]
+
+
+def test_a_log_says_now_and_then_how_a_run_goes(recipe, capsys):
+    planned, lines = lines_of_a_run(recipe)
+    for every, expected in ((0.0, [f"{planned[0].run}: {line}" for line in lines if line.startswith("round")]), (3600.0, [])):
+        with SweepProgress(Console(file=io.StringIO()), len(planned), every) as progress:
+            for line in lines:
+                progress.at(planned[0], line)
+            progress.done(planned[0], "finished")
+        assert capsys.readouterr().out.splitlines() == [*expected, f"1/2 {planned[0].run}: finished"]
+
+
+def test_a_terminal_shows_where_the_running_run_stands(recipe):
+    planned, lines = lines_of_a_run(recipe)
+    out = io.StringIO()
+    with SweepProgress(Console(file=out, force_terminal=True, width=160), len(planned)) as progress:
+        for line in lines:
+            progress.at(planned[0], line)
+        progress._bar.refresh()
+        progress.done(planned[0], "failed: ValueError: [1] is not a number")
+    shown = out.getvalue()
+    assert "full: round   2 distilling epoch 2" in shown
+    assert "3.1" not in shown
+    assert "brackets" not in shown
+    assert f"{planned[0].run}: failed: ValueError: [1] is not a number" in shown
+    assert "1/2" in shown
+
+
+def test_the_lines_of_a_run_reach_the_sweep(recipe):
+    planned, said = jobs(read_sweep(str(recipe)), ["toy"], ["vbpr"], [1], QUICK)[:1], []
+    sweep.run_jobs(planned, lambda job, how: None, lambda line: None, lambda job, line: said.append((job.run, line)))
+    assert {name for name, _ in said} == {planned[0].run}
+    assert any(line.startswith("round ") for _, line in said)
