@@ -6,8 +6,10 @@
 
 For every case both sides start from the same parameters; their losses on the same triples are compared first (relative difference,
 which must be under 1e-5), then steps are timed in turns, sampling and the teachers' margins included, and the median round counts.
-``naive.py`` is the published manner. With ``--memory`` each side of each case also runs in a process of its own, whose peak resident
-memory is printed (Linux). ``--profile`` prints where our distillation steps spend their time.
+``naive.py`` is the published manner. The rows of an epoch and of the whole recipe (a teacher a modality, the plain and the distilled student,
+``--epochs`` each, validated as configured) are reckoned from the steps and evaluations above them. With ``--memory`` each side of each case
+also runs in a process of its own, whose peak resident memory is printed (Linux). ``--profile`` prints where our distillation steps spend
+their time.
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ class Case:
         name: for example ``vbpr distilled``.
         config, dataset: of both sides.
         backbone: ``vbpr`` or ``mmgcn``.
-        role: one of :data:`ROLES`. The teacher is the last modality's. VBPR's in the published manner is, as there, the model of all
-            modalities with the others absent; their constant blocks change no margin, so both learn the same. MMGCN's branches do not
-            cancel: there both sides have the one modality.
+        role: one of :data:`ROLES`. VBPR's teacher in the published manner is, as there, the model of all modalities with the others absent;
+            their constant blocks change no margin, so both learn the same. MMGCN's branches do not cancel: there both sides have the one
+            modality.
+        modality: of a teacher.
     """
 
     name: str
@@ -68,11 +71,12 @@ class Case:
     dataset: Dataset
     backbone: str
     role: str
+    modality: str = ""
 
     def build(self, side: str = "both") -> None:
         """Models, teachers and optimisers; of one side, ``ours`` or ``naive``, where its memory is measured."""
         config = resolve(self.config.flat(), {"backbone": self.backbone, "training.device": "cpu"})
-        of_role = select(self.dataset, self.dataset.modalities[-1:]) if self.role == "teacher" else self.dataset
+        of_role = select(self.dataset, (self.modality,)) if self.role == "teacher" else self.dataset
         self.ours = build_trainer(config, of_role, self.role, distilled=self.role == "distilled")
         self.theirs = self.ours
         self.present: tuple[str, ...] = of_role.modalities
@@ -169,8 +173,26 @@ def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, float, fl
     ):
         slow, fast = in_turns(theirs, ours, rounds)
         difference = abs(one(dataset.modalities) - trainer.rank(dataset.test).compute()["recall@20"]) if scale == 1 else float("nan")
-        rows.append((f"{case.backbone} {name}", slow * scale, fast, difference))
+        rows.append((name, slow * scale, fast, difference))
     return rows
+
+
+def reckoned(case: Case, seconds: dict[str, tuple[float, float]], epochs: int) -> list[tuple[str, float, float]]:
+    """Rows of a distillation epoch and of the whole recipe, from the seconds of both sides for each step and evaluation."""
+    steps = case.ours.stream.steps_per_epoch
+    validations = epochs // case.config.training.validate_every
+    whole = [0.0, 0.0]
+    for name, sides in seconds.items():
+        if name.startswith("evaluation"):  # a teacher has one view to validate, each of the two students has all
+            times = validations * (len(case.dataset.modalities) if name == "evaluation, joint" else 2)
+        else:
+            times = epochs * steps
+        whole = [total + times * one for total, one in zip(whole, sides, strict=True)]
+    distilled = seconds["distilled step"]
+    return [
+        (f"distilled epoch of {steps} steps, reckoned", steps * distilled[0], steps * distilled[1]),
+        (f"whole recipe of {epochs} epochs each, reckoned", whole[0], whole[1]),
+    ]
 
 
 def triples_per_second(trainer: Trainer, steps: int) -> float:
@@ -190,9 +212,21 @@ def catalogue_products(case: Case) -> float:
     return total
 
 
-def peak_memory(arguments: argparse.Namespace, backbone: str, role: str, side: str) -> float:
+def peak_memory(arguments: argparse.Namespace, case: Case, side: str) -> float:
     """Peak resident MB of a process that does three steps of one side, and of ours an evaluation."""
-    command = [sys.executable, __file__, "--child", backbone, role, side, "--threads", str(arguments.threads), "--dataset", arguments.dataset]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        case.backbone,
+        case.role,
+        case.modality,
+        side,
+        "--threads",
+        str(arguments.threads),
+        "--dataset",
+        arguments.dataset,
+    ]
     if arguments.data:
         command += ["--data", str(arguments.data)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -222,11 +256,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=100, help="of each model in the whole recipe")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument("--profile", action="store_true", help="print where our distillation steps spend their time")
     parser.add_argument("--quick", action="store_true", help="small data, two rounds: does it run?")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps, arguments.rounds = 2, 2
@@ -238,34 +273,41 @@ def main() -> None:
     sizes = (2_000, 700, 12_000, {"image": 128, "text": 64}) if arguments.quick else BABY
     dataset = open_dataset(config) if arguments.data else made_up(*sizes)
     if arguments.child:
-        backbone, role, side = arguments.child
-        child(Case("", config, dataset, backbone, role), side)
+        backbone, role, modality, side = arguments.child
+        child(Case("", config, dataset, backbone, role, modality), side)
         return
     print(f"{dataset.describe()}\n{platform.processor() or platform.machine()}, {arguments.threads} thread(s), torch {torch.__version__}\n")
     print("| case | published manner, ms | ours, ms | ratio | relative difference of the losses | peak memory, MB: published manner / ours |")
     print("|---|---|---|---|---|---|", flush=True)
     rows = []
 
-    def show(name: str, slow: float, fast: float, difference: float, memory: str = "") -> None:
+    def show(name: str, slow: float, fast: float, difference: float = float("nan"), memory: str = "") -> None:
         rows.append({"case": name, "published_ms": 1000 * slow, "ours_ms": 1000 * fast, "difference": difference, "memory": memory})
-        print(f"| {name} | {1000 * slow:.1f} | {1000 * fast:.1f} | {slow / fast:.1f} | {difference:.1e} | {memory} |", flush=True)
+        same = "" if difference != difference else f"{difference:.1e}"
+        print(f"| {name} | {1000 * slow:.1f} | {1000 * fast:.1f} | {slow / fast:.1f} | {same} | {memory} |", flush=True)
 
     notes = []
     for backbone in arguments.backbones:
-        for role in arguments.roles:
-            case = Case(f"{backbone} {role} step", config, dataset, backbone, role)
+        seconds: dict[str, tuple[float, float]] = {}
+        roles = [(role, modality) for role in arguments.roles for modality in (dataset.modalities if role == "teacher" else [""])]
+        for role, modality in roles:
+            name = f"{modality} {role} step".lstrip()
+            case = Case(f"{backbone} {name}", config, dataset, backbone, role, modality)
             case.build()
             difference = case.difference()
             if not difference < 1e-5:
                 raise SystemExit(f"{case.name}: the losses differ by {difference:.1e}; the two sides do not compute the same")
             slow, fast = in_turns(lambda c=case: c.train_naive(arguments.steps), lambda c=case: c.train_ours(arguments.steps), arguments.rounds)  # type: ignore[misc]
-            memory = ""
-            if arguments.memory:
-                memory = " / ".join(f"{peak_memory(arguments, backbone, role, side):.0f}" for side in ("naive", "ours"))
-            show(case.name, slow / arguments.steps, fast / arguments.steps, difference, memory)
+            seconds[name] = slow / arguments.steps, fast / arguments.steps
+            memory = " / ".join(f"{peak_memory(arguments, case, side):.0f}" for side in ("naive", "ours")) if arguments.memory else ""
+            show(case.name, *seconds[name], difference, memory)
             if role == "distilled":
                 for row in evaluation(case, min(2, arguments.rounds), 2_000):
-                    show(*row)
+                    seconds[row[0]] = row[1:3]
+                    show(f"{backbone} {row[0]}", *row[1:])
+                if set(arguments.roles) == set(ROLES):
+                    for whole in reckoned(case, seconds, arguments.epochs):
+                        show(f"{backbone} {whole[0]}", *whole[1:])
                 if backbone == "vbpr":
                     notes.append(f"Two dense products over the whole catalogue: {1000 * catalogue_products(case):.1f} ms.")
                     notes.append(f"Triple stream: {triples_per_second(case.ours, 200) / 1e6:.1f} million triples a second.")
