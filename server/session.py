@@ -27,6 +27,11 @@ from server.exchange import Exchange
 from server.federation import Federation
 from server.traffic import traffic_lines
 
+# What Flower does when the SuperLink refuses the ServerApp's token: it sends itself SIGINT and exits with status 0.
+ENDED = (
+    "Flower ended the ServerApp: by `flwr stop`, a signal, or because the SuperLink had no sign of life of it for a minute, as happens on a "
+    "machine that is overloaded or was suspended"
+)
 _FORGET_SECONDS = 30.0  # a message takes 6 to 16 s in a deployment
 
 
@@ -108,9 +113,13 @@ def _run(exchange: Exchange, plan: Plan, directory: Path, state: RunState, flowe
             write(line)
         record.finish(result, federation.elapsed)
     except BaseException as error:
-        record.fail(f"{type(error).__name__}: {error}")
+        reason = ENDED if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        record.fail(reason)
+        go_on = f"to go on from the last finished round: -c 'resume=\"{directory.name}\"'"
+        if isinstance(error, SystemExit):
+            write(f"{reason}; {go_on}")
         if isinstance(error, ReplyError) and not isinstance(error, FinalError):
-            raise type(error)(f"{error}; to go on from the last finished round: -c 'resume=\"{directory.name}\"'") from None
+            raise type(error)(f"{error}; {go_on}") from None
         raise
     finally:
         if config.tracking.report:

@@ -273,6 +273,23 @@ def test_a_node_that_does_not_delete_its_workspace_changes_nothing(fault, toy, f
     assert len([line for line in lines if "may keep its workspace/run-000001" in line and said in line]) == 2
 
 
+def test_a_server_app_that_flower_ends_says_so_and_how_to_go_on(toy, federate):
+    """Flower raises SystemExit(0) in it where the SuperLink does not know it any more."""
+    lines = []
+
+    def end(message, reply):
+        if message.metadata.message_type == "query.score":
+            raise SystemExit(0)
+        return reply
+
+    with pytest.raises(SystemExit):
+        federate(SMALL, run="run", tamper=end, write=lines.append)
+    assert read_rows(toy / "runs/run/metrics.jsonl")[-1]["reason"].startswith("Flower ended the ServerApp")
+    assert any("no sign of life" in line and "resume=\"run\"" in line for line in lines)
+    result, _, _ = federate({"resume": "run", "name": ""})
+    assert result.outcomes["student"].test
+
+
 def test_every_round_is_checkpointed(toy, federate):
     """The checkpoint accounts for every row and holds all that the run arrived at."""
     states = []
