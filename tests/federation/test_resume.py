@@ -285,7 +285,7 @@ def test_a_server_app_that_flower_ends_says_so_and_how_to_go_on(toy, federate):
     with pytest.raises(SystemExit):
         federate(SMALL, run="run", tamper=end, write=lines.append)
     assert read_rows(toy / "runs/run/metrics.jsonl")[-1]["reason"].startswith("Flower ended the ServerApp")
-    assert any("no sign of life" in line and "resume=\"run\"" in line for line in lines)
+    assert any("no sign of life" in line and 'resume="run"' in line for line in lines)
     result, _, _ = federate({"resume": "run", "name": ""})
     assert result.outcomes["student"].test
 
