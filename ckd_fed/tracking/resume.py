@@ -13,7 +13,12 @@ from ckd_fed.errors import ConfigError, DataError
 
 # What may be set anew when a run is gone on with; everything else decides its result.
 FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "federation.", "tracking.")
-FIXED = ("federation.teacher_epochs", "federation.student_workers", "federation.stretch_mb")  # the last decides when workers are averaged
+FIXED = (  # the last two decide how fast workers learn and when they are averaged
+    "federation.teacher_epochs",
+    "federation.student_workers",
+    "federation.rate_scale",
+    "federation.stretch_mb",
+)
 
 
 def find_run(runs: Path, name: str) -> Path:

@@ -46,6 +46,16 @@ def triple_stream(config: Config, dataset: Dataset, *, distillation: bool) -> Tr
     return TripleStream(dataset.train, dataset.fingerprint, config.seed, config.training.batch_size, k)
 
 
+def learning_rate(config: Config, workers: int) -> float:
+    """Of a model that so many workers train.
+
+    Each takes its share of the steps, and their mean moves as far as one of them: a W-th of the way. By default the learning rate grows with W
+    (the linear scaling rule, Goyal et al. 2017, arXiv:1706.02677), so that an epoch brings as much as one worker's.
+    """
+    scale = config.federation.rate_scale or float(workers)
+    return config.training.learning_rate * (scale if workers > 1 else 1.0)
+
+
 def objective(config: Config) -> DistillationObjective:
     """The configured distillation objective."""
     chosen = config.distillation
@@ -70,7 +80,7 @@ def build_trainer(
         role: decides the initialisation together with the seed, for example ``"teacher/text"`` or ``"student"``.
         distilled: train on the distillation objective rather than the backbone's own loss.
         device: where to train.
-        share: (w, W), this worker's share of the steps.
+        share: (w, W), this worker's share of the steps; decides its learning rate too, see :func:`learning_rate`.
         cache: folder where what is slow to build and never changes is kept from one process to the next (graphs of nearest items); None for
             nowhere.
     """
@@ -89,7 +99,7 @@ def build_trainer(
         backbone,
         dataset,
         triple_stream(config, dataset, distillation=distilled),
-        learning_rate=config.training.learning_rate,
+        learning_rate=learning_rate(config, share[1]),
         objective=objective(config) if distilled else None,
         ks=config.ks,
         share=share,

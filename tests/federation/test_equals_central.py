@@ -189,6 +189,23 @@ def test_two_student_workers_share_the_steps_and_are_averaged(toy, federate):
     assert 0 < result.outcomes["student"].test["recall@20"] <= 1
 
 
+def test_several_students_learn_faster_in_proportion(toy, federate):
+    """Or as ``federation.rate-scale`` says: their mean moves as far as one of them, which takes a W-th of the steps."""
+    nodes = [{"partition-id": index, "num-partitions": 4} for index in range(4)]
+    one_epoch = {**SMALL, "training.epochs": 1, "training.validate-every": 1}
+    for run, overrides in {
+        "scaled": {"federation.student-workers": 2},
+        "unscaled": {"federation.student-workers": 2, "federation.rate-scale": 1, "training.learning-rate": 2 * SMALL["training.learning-rate"]},
+        "slow": {"federation.student-workers": 2, "federation.rate-scale": 1},
+        "alone": {"federation.rate-scale": 3},
+        "plainly alone": {},
+    }.items():
+        federate({**one_epoch, "distillation.enabled": False, **overrides}, run=run, nodes=nodes)
+    assert largest_difference(parameters(toy, "scaled"), parameters(toy, "unscaled")) == 0
+    assert largest_difference(parameters(toy, "alone"), parameters(toy, "plainly alone")) == 0
+    assert largest_difference(parameters(toy, "scaled"), parameters(toy, "slow")) > 0
+
+
 def test_without_distillation_no_teacher_is_asked(toy, federate):
     result, grid, _ = federate({**SMALL, "distillation.enabled": False})
     assert set(result.outcomes) == {"student"}
