@@ -152,8 +152,8 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
     """Give roles to the nodes there.
 
     Real nodes have theirs from their node-config; as many students as ``federation.student-workers`` are waited for. Simulated nodes are
-    all alike: roles are dealt to them in the order of their partitions, several to a node where there are fewer nodes than roles; nodes
-    beyond the roles become student workers up to ``federation.student-workers``, and spare beyond that.
+    all alike: teachers, then students are dealt to them in the order of their partitions, several roles to a node where there are fewer
+    nodes; those beyond are spare.
 
     Returns:
         A plan and "", or None and what is still missing.
@@ -243,10 +243,9 @@ def _deal(config: Config, cards: Mapping[int, NodeCard]) -> tuple[Plan | None, s
     modalities = _modalities(config, cards[nodes[0]])
     roles = list(modalities) if config.distillation.enabled else []
     teachers = {m: nodes[index % len(nodes)] for index, m in enumerate(roles)}
-    free = nodes[len(roles) :]
-    workers = free[: config.federation.student_workers] or [nodes[len(roles) % len(nodes)]]
-    workers = workers[: _steps(config, cards[workers[0]])]
-    return Plan(teachers, tuple(workers), tuple(node for node in free if node not in workers), cards, modalities), ""
+    wanted = min(config.federation.student_workers, _steps(config, cards[nodes[0]]))
+    workers = [nodes[(len(roles) + worker) % len(nodes)] for worker in range(wanted)]
+    return Plan(teachers, tuple(workers), tuple(nodes[len(roles) + wanted :]), cards, modalities), ""
 
 
 def _modalities(config: Config, card: NodeCard) -> tuple[str, ...]:

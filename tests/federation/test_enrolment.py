@@ -163,7 +163,9 @@ def test_a_teacher_with_other_features_than_the_student_is_pointed_out():
         (3, 1, {"image": 100, "text": 101}, (102,), ()),
         (5, 1, {"image": 100, "text": 101}, (102,), (103, 104)),
         (5, 2, {"image": 100, "text": 101}, (102, 103), (104,)),
-        (2, 3, {"image": 100, "text": 101}, (100,), ()),
+        (2, 3, {"image": 100, "text": 101}, (100, 101, 100), ()),
+        (4, 3, {"image": 100, "text": 101}, (102, 103, 100), ()),
+        (1, 2, {"image": 100, "text": 100}, (100, 100), ()),
     ],
 )
 def test_roles_are_dealt_to_simulated_nodes(nodes, workers, teachers, students, spare):

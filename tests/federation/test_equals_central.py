@@ -189,6 +189,13 @@ def test_two_student_workers_share_the_steps_and_are_averaged(toy, federate):
     assert 0 < result.outcomes["student"].test["recall@20"] <= 1
 
 
+def test_several_students_on_one_simulated_node_change_nothing(toy, federate):
+    for run, nodes in {"apart": 4, "together": 1}.items():
+        nodes = [{"partition-id": index, "num-partitions": nodes} for index in range(nodes)]
+        federate({**SMALL, "federation.student-workers": 2}, run=run, nodes=nodes)
+    assert largest_difference(parameters(toy, "apart"), parameters(toy, "together")) == 0
+
+
 def test_several_students_learn_faster_in_proportion(toy, federate):
     """Or as ``federation.rate-scale`` says: their mean moves as far as one of them, which takes a W-th of the steps."""
     nodes = [{"partition-id": index, "num-partitions": 4} for index in range(4)]
