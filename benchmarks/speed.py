@@ -154,7 +154,7 @@ def in_turns(theirs: Callable[[], object], ours: Callable[[], object], rounds: i
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, float, float, float]]:
+def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, float, float, float | None]]:
     """Rows of one view's evaluation and of a validation of three views, scaled from some users to all where fewer are asked for."""
     dataset, trainer = case.dataset, case.ours
     case.model.load_state_dict(trainer.backbone.state_dict())
@@ -172,7 +172,7 @@ def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, float, fl
         ("evaluation, all views", lambda: [one(present) for _, present in views], lambda: trainer.diagnose(dataset.test)),
     ):
         slow, fast = in_turns(theirs, ours, rounds)
-        difference = abs(one(dataset.modalities) - trainer.rank(dataset.test).compute()["recall@20"]) if scale == 1 else float("nan")
+        difference = abs(one(dataset.modalities) - trainer.rank(dataset.test).compute()["recall@20"]) if scale == 1 else None
         rows.append((name, slow * scale, fast, difference))
     return rows
 
@@ -214,19 +214,8 @@ def catalogue_products(case: Case) -> float:
 
 def peak_memory(arguments: argparse.Namespace, case: Case, side: str) -> float:
     """Peak resident MB of a process that does three steps of one side, and of ours an evaluation."""
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        case.backbone,
-        case.role,
-        case.modality,
-        side,
-        "--threads",
-        str(arguments.threads),
-        "--dataset",
-        arguments.dataset,
-    ]
+    command = [sys.executable, __file__, "--child", case.backbone, case.role, case.modality, side]
+    command += ["--threads", str(arguments.threads), "--dataset", arguments.dataset]
     if arguments.data:
         command += ["--data", str(arguments.data)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -281,9 +270,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     rows = []
 
-    def show(name: str, slow: float, fast: float, difference: float = float("nan"), memory: str = "") -> None:
+    def show(name: str, slow: float, fast: float, difference: float | None = None, memory: str = "") -> None:
         rows.append({"case": name, "published_ms": 1000 * slow, "ours_ms": 1000 * fast, "difference": difference, "memory": memory})
-        same = "" if difference != difference else f"{difference:.1e}"
+        same = "" if difference is None else f"{difference:.1e}"
         print(f"| {name} | {1000 * slow:.1f} | {1000 * fast:.1f} | {slow / fast:.1f} | {same} | {memory} |", flush=True)
 
     notes = []

@@ -28,7 +28,7 @@ from server.federation import Federation
 from server.traffic import traffic_lines
 
 # What Flower does when the SuperLink refuses the ServerApp's token: it sends itself SIGINT and exits with status 0.
-ENDED = (
+_ENDED = (
     "Flower ended the ServerApp: by `flwr stop`, a signal, or because the SuperLink had no sign of life of it for a minute, as happens on a "
     "machine that is overloaded or was suspended"
 )
@@ -113,7 +113,7 @@ def _run(exchange: Exchange, plan: Plan, directory: Path, state: RunState, flowe
             write(line)
         record.finish(result, federation.elapsed)
     except BaseException as error:
-        reason = ENDED if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        reason = _ENDED if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         record.fail(reason)
         go_on = f"to go on from the last finished round: -c 'resume=\"{directory.name}\"'"
         if isinstance(error, SystemExit):

@@ -15,7 +15,7 @@ from ckd_fed.experiments.recipe import Job
 class SweepProgress:
     """Shows the runs of a sweep as they end, and where the one that is running stands.
 
-    On a terminal there is a bar with the time left, under it the running run's last line; elsewhere a line for every run that ends, and
+    On a terminal there is a bar with the time left and beside it how far the running run is; elsewhere a line for every run that ends, and
     between them the running run's last line every so often.
 
     Args:
@@ -25,7 +25,7 @@ class SweepProgress:
     """
 
     def __init__(self, console: Console, total: int, every: float = 300.0) -> None:
-        self._console, self._total, self._every = console, total, every
+        self._total, self._every = total, every
         self._ended = 0
         self._said = time.monotonic()
         self._bar: Progress | None = None
