@@ -117,7 +117,7 @@ def _finished(job: Job, config: Config, opened: _Datasets) -> RunHistory | None:
     if not history.final:
         return None
     wanted = _relevant(_flat_of(config))
-    stored = _relevant(history.config)
+    stored = _relevant({**_flat_of(Config()), **history.config})  # a setting younger than the run: by its default, all is as it was before
     different = [key for key in sorted({*wanted, *stored}) if key not in wanted or key not in stored or wanted[key] != stored[key]]
     if different:
         shown = ", ".join(f"{key} {_shown(stored, key)} instead of {_shown(wanted, key)}" for key in different[:4])

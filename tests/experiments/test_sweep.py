@@ -97,6 +97,17 @@ def test_a_run_of_another_configuration_is_not_taken_for_this_one(recipe, traine
     assert len(trained) == 4
 
 
+def test_a_setting_younger_than_a_run_is_taken_to_have_had_its_default(recipe, trained, tmp_path, refuses):
+    run(recipe)
+    for name in trained:
+        stored = tmp_path / "runs" / name / "config.yaml"
+        text = stored.read_text()
+        assert "  kappa: 5.0\n" in text
+        stored.write_text(text.replace("  kappa: 5.0\n", ""))
+    assert len(run(recipe)) == len(trained) == 4
+    refuses(ConfigError, lambda: run(recipe, **{"distillation.kappa": 1}), "distillation.kappa 5.0 instead of 1.0", "another configuration")
+
+
 def test_an_option_that_one_side_lacks_is_another_configuration(recipe, trained, tmp_path, refuses):
     run(recipe)
     refuses(ConfigError, lambda: run(recipe, **{"model.strange": 0.5}), "model.strange unset instead of 0.5", "another configuration")
