@@ -84,6 +84,7 @@ class TrainingConfig:
     epochs: int = _at_least(1, default=1000)  # at most
     validate_every: int = _at_least(1, default=5)  # epochs; also the length of a distillation round
     patience: int = _at_least(0, default=10)  # validations without a gain that are tolerated
+    validation_users: int = _at_least(0, default=0)  # that a validation ranks for at most, always the same; 0: all. The test is for all
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:N; a node's own device wins
     threads: int = _at_least(0, default=0)  # CPU threads of a training process; 0: torch's default, or 1 where the matrices are small
 

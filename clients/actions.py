@@ -153,7 +153,7 @@ def evaluate(request: Request, node: Node) -> Answer:
     model.trainer.restore(to_tensors(request.arrays, "weights/"))
     node.keep(request.stamp.run, request.stamp.role, model, state)
     if request.values["split"] == "val":
-        metrics = model.trainer.diagnose(model.trainer.dataset.val, (worker, workers))
+        metrics = model.trainer.diagnose(model.trainer.validation, (worker, workers))
         return {"n-users": metrics.n_users}, {f"sum/{name}": total for name, total in metrics.sums.items()}, {}
     tested = _test(request, model.trainer, "student", (worker, workers))
     values, arrays = _by_user(request, tested)

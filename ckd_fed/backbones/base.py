@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +139,14 @@ class Backbone(nn.Module, ABC):
 
     #: Whether scores depend on features at all. Where they do not, every view is the same and all causal effects are 0 by construction.
     scores_use_features = True
+
+    @property
+    def row_tables(self) -> dict[str, Literal["users", "items"]]:
+        """Parameters of which a step reads only the rows of its own users or items, by name, and of which of the two; none by default.
+
+        Of such a table, where it is large, an optimiser need not move the other rows in every step. A wrong entry trains on outdated rows.
+        """
+        return {}
 
     def __init__(self, train: Interactions, features: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None, *, l2: float) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ He, McAuley. "VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback"
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,11 @@ class VBPR(Backbone):
     @property
     def dense_work(self) -> float:
         return float(sum(self.features(m).numel() for m in self.modalities) * self.embedding_dim)
+
+    @property
+    def row_tables(self) -> dict[str, Literal["users", "items"]]:
+        preferences: dict[str, Literal["users", "items"]] = {f"preference.{m}": "users" for m in self.modalities}
+        return {"user_embedding": "users", "item_embedding": "items", **preferences}
 
     def forward(self, views: Sequence[View]) -> Pass:
         """Full tables, absent blocks included (as the published model lays them out)."""

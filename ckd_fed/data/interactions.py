@@ -74,6 +74,20 @@ class Interactions:
         kept = mask[self.items]
         return Interactions.from_pairs(self.row[kept], self.items[kept], self.n_users, self.n_items)
 
+    def of_sampled_users(self, n: int, seed: int) -> Interactions:
+        """Only those of n users with items, drawn without regard to anything; of all where there are no more. Ids stay as they are.
+
+        Args:
+            n: how many users; 0 for all.
+            seed: the same users for the same seed.
+        """
+        if not n or n >= len(self.users):
+            return self
+        drawn = np.zeros(self.n_users, dtype=bool)
+        drawn[np.random.Generator(np.random.PCG64(seed)).permutation(self.users)[:n]] = True
+        kept = drawn[self.row]
+        return Interactions.from_pairs(self.row[kept], self.items[kept], self.n_users, self.n_items)
+
     @cached_property
     def warm(self) -> np.ndarray:
         """Which items have an interaction, ``(n_items,)`` bool; the others are cold."""

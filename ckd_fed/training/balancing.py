@@ -98,6 +98,8 @@ class GradientModulation(Balancing):
             for parameter in parameters:
                 if parameter.grad is None:
                     continue
+                if parameter.grad.is_sparse:  # or its table would be moved on row by row, and not as here
+                    parameter.grad = parameter.grad.to_dense()
                 if self.noise:
                     gradient = parameter.grad
                     drawn = torch.randn(gradient.shape, generator=self._generator).to(gradient)

@@ -104,6 +104,7 @@ def build_trainer(
         ks=config.ks,
         share=share,
         balancing=build_balancing(config.balancing, backbone) if not distilled and len(dataset.modalities) > 1 else None,
+        validation_users=config.training.validation_users,
     )
 
 

@@ -98,7 +98,7 @@ def validations_due(validate_every: int, max_epochs: int, after: int, upto: int)
 
 def validate(trainer: Trainer) -> Values:
     """Validation metrics: the joint view's as ``val/<metric>``, each modality's as ``only/m/<metric>``."""
-    values = trainer.diagnose(trainer.dataset.val).compute()
+    values = trainer.diagnose(trainer.validation).compute()
     return {name if name.startswith("only/") else f"val/{name}": value for name, value in values.items()}
 
 

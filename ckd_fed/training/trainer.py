@@ -44,6 +44,10 @@ class Trainer:
         ks: cut-offs of the metrics.
         share: (w, W): this worker's share of every epoch's steps.
         balancing: of a plain student; None for none.
+        validation_users: for how many users at most a validation ranks, drawn by the run's seed and the data; 0 for all.
+
+    Attributes:
+        validation: the held-out interactions that a validation goes by.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Trainer:
         ks: Sequence[int] = (10, 20),
         share: tuple[int, int] = (0, 1),
         balancing: Balancing | None = None,
+        validation_users: int = 0,
     ) -> None:
         self.backbone = backbone
         self.dataset = dataset
@@ -64,8 +69,10 @@ class Trainer:
         self.objective = objective
         self.ks = tuple(ks)
         self.share = share
-        self.optimizer = Adam(backbone, learning_rate)
+        self.optimizer = Adam(backbone, learning_rate, backbone.row_tables)
         self.balancing = balancing or Balancing()
+        drawn_by = derive_key("ckd-validation-1", stream.seed, dataset.fingerprint) & 0x7FFFFFFFFFFFFFFF
+        self.validation = dataset.val.of_sampled_users(validation_users, drawn_by)
 
     @property
     def device(self) -> torch.device:
@@ -94,22 +101,35 @@ class Trainer:
         self.backbone.train()
         self.backbone.start_epoch(epoch, self._generator(epoch))
         self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
-        for row, triples in enumerate(self.stream.steps(epoch, self.share) if steps is None else steps):
-            ranking = _triples(triples.ranking, self.device)
-            if self.objective is None or sheets is None:
-                output = self.balancing.loss(self.backbone, ranking)
-            else:
-                margins = teacher_margins(sheets, row, triples, like, self.dataset.masks)
-                output = self.objective(self.backbone, ranking, _triples(triples.distillation, self.device), margins)
-            self.optimizer.zero_grad()
-            output.loss.backward()
-            self.balancing.step(self.backbone, self.optimizer)
-            _accumulate(means, output, counterfactual=self.backbone.scores_use_features)
+        try:
+            for row, triples in enumerate(self.stream.steps(epoch, self.share) if steps is None else steps):
+                ranking = _triples(triples.ranking, self.device)
+                distillation = None if sheets is None else _triples(triples.distillation, self.device)
+                self._catch_up(ranking, distillation)
+                if self.objective is None or sheets is None or distillation is None:
+                    output = self.balancing.loss(self.backbone, ranking)
+                else:
+                    margins = teacher_margins(sheets, row, triples, like, self.dataset.masks)
+                    output = self.objective(self.backbone, ranking, distillation, margins)
+                self.optimizer.zero_grad()
+                output.loss.backward()
+                self.balancing.step(self.backbone, self.optimizer)
+                _accumulate(means, output, counterfactual=self.backbone.scores_use_features)
+        finally:
+            self.optimizer.settle()
         values = {name: mean.compute(LOWEST if name.startswith("effect/") else 0.0) for name, mean in means.items()}
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
         return values
+
+    def _catch_up(self, ranking: Triples, distillation: Triples | None) -> None:
+        """Bring the rows that a step reads up to date, in tables that the optimiser moves row by row."""
+        if not self.optimizer.behind:
+            return
+        batches = [ranking] if distillation is None else [ranking, distillation]
+        rows = {"users": torch.cat([b.users for b in batches]), "items": torch.cat([part for b in batches for part in (b.first, b.second)])}
+        self.optimizer.catch_up({name: rows[of] for name, of in self.backbone.row_tables.items()})
 
     def _generator(self, epoch: int, purpose: str = "ckd-epoch-1") -> torch.Generator:
         """The epoch's own randomness: the same for all workers and after a resume."""
@@ -142,7 +162,7 @@ class Trainer:
             The metrics; and what was chosen on validation: ``readout/weight/<view>``, the fitted weights of the views (``joint``,
             ``only m``), and ``readout/val/<view>``, the validation Recall@20 of each and of ``calibrated``.
         """
-        backbone, train, val = self.backbone, self.dataset.train, self.dataset.val
+        backbone, train, val = self.backbone, self.dataset.train, self.validation
         metrics = self.diagnose(held_out, share)
         tables = self.embeddings(calibration_views(backbone))
         fit = calibrate(tables, train, val)

@@ -112,3 +112,22 @@ def test_many_users_without_items_are_no_fault(split_file):
         warnings.simplefilter("error")
         users, _ = read_split_file(split_file(json.dumps({**{str(u): [] for u in range(100)}, "7": [1]})))
     assert users.tolist() == [7]
+
+
+def test_a_sample_of_users_keeps_all_of_their_items_and_is_the_same_for_the_same_seed(random_interactions):
+    interactions = random_interactions(30, 20)
+    n = len(interactions.users) // 2
+    sample = interactions.of_sampled_users(n, 1)
+    assert len(sample.users) == n
+    assert set(sample.users) < set(interactions.users)
+    assert all(sample.degree[user] == interactions.degree[user] for user in sample.users)
+    assert interactions.contains(sample.row, sample.items).all()
+    assert (sample.n_users, sample.n_items) == (interactions.n_users, interactions.n_items)
+    assert np.array_equal(sample.users, interactions.of_sampled_users(n, 1).users)
+    assert not np.array_equal(sample.users, interactions.of_sampled_users(n, 2).users)
+
+
+@pytest.mark.parametrize("more", [0, 10**9])
+def test_a_sample_of_no_fewer_users_is_all_of_them(random_interactions, more):
+    interactions = random_interactions(30, 20)
+    assert interactions.of_sampled_users(more, 1) is interactions

@@ -68,6 +68,22 @@ def test_three_rounds_give_the_central_student(backbone, toy, federate):
                 assert federated[key] == pytest.approx(alone[key], abs=1e-6), key
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_validation_on_some_users_is_the_same_ones_everywhere(workers, toy, federate):
+    """With two students the server merges a validation from their shares of the sampled users."""
+    overrides = {**SMALL, "training.validation-users": 20, "distillation.margin-dtype": "float32", "federation.student-workers": workers}
+    central = train(resolve({**overrides, "federation.student-workers": 1}, {"home": str(toy), "name": "central"}))
+    result, _, _ = federate(overrides)
+    teachers = {name: outcome.best_epoch for name, outcome in central.outcomes.items() if name != "student"}
+    assert {name: result.outcomes[name].best_epoch for name in teachers} == teachers
+    for run in ("fed", "central"):
+        rows = [row for row in read_rows(toy / "runs" / run / "metrics.jsonl") if row["event"] == "round" and "val/recall@20" in row]
+        assert rows
+        assert load_users(toy / "runs" / run / "test_users.npz").users.size > 20  # the test is for all
+    if workers == 1:
+        assert result.outcomes["student"].test == pytest.approx(central.outcomes["student"].test, abs=1e-12)
+
+
 def same_users(home, first, second):
     ours, theirs = (load_users(home / "runs" / run / "test_users.npz") for run in (first, second))
     assert ours.split == theirs.split

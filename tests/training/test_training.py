@@ -44,12 +44,12 @@ def problem(make_dataset):
 def make_trainer(problem, backbone_name):
     """A trainer of the dataset, distilled or plain."""
 
-    def make(*, distilled=False, seed=0, modalities=("image", "text", "audio"), dtype=torch.float32, learning_rate=5e-3, share=(0, 1)):
+    def make(*, distilled=False, seed=0, modalities=("image", "text", "audio"), dtype=torch.float32, learning_rate=5e-3, share=(0, 1), **more):
         features = {m: problem.features[m] for m in modalities}
         backbone = build_backbone(backbone_name, problem.train, features, {"embedding_dim": 4, "l2": 1e-3}, seed=seed, dtype=dtype)
         stream = TripleStream(problem.train, problem.fingerprint, 3, B, K if distilled else 0)
         objective = DistillationObjective(rho=0.5, kappa=2.0, temperature=0.5) if distilled else None
-        return Trainer(backbone, problem, stream, learning_rate=learning_rate, objective=objective, ks=KS, share=share)
+        return Trainer(backbone, problem, stream, learning_rate=learning_rate, objective=objective, ks=KS, share=share, **more)
 
     return make
 
@@ -258,6 +258,16 @@ def test_rows_hold_the_training_means_and_all_metrics(make_trainer, sheets):
     assert sum(row[f"weight/{m}"] for m in modalities) == pytest.approx(3, rel=1e-5)
     only = twin.rank(twin.dataset.val, twin.backbone.only("text")).compute()
     assert row["only/text/recall@20"] == only["recall@20"]
+
+
+def test_a_validation_on_some_users_ranks_for_these_and_the_test_for_all(make_trainer, problem):
+    trainer = make_trainer(validation_users=4)
+    assert len(trainer.validation.users) == 4 < len(problem.val.users)
+    (row,) = Fit(trainer, max_epochs=1, validate_every=1, patience=1).advance()
+    expected = evaluate(trainer.soft_scores(), problem.train, trainer.validation, KS).compute()
+    assert {name: row[f"val/{name}"] for name in expected} == expected
+    assert expected != evaluate(trainer.soft_scores(), problem.train, problem.val, KS).compute()
+    assert trainer.test("student").metrics.n_users == len(problem.test.users)
 
 
 def test_a_teacher_reports_no_only_metrics(make_trainer):
