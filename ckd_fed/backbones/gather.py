@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ckd_fed.backbones.base import Triples
 
 Pairs = tuple[Tensor, Tensor]
-SPARSE_FROM = 1 << 22  # numbers of a table: 16 MB in float32
-SPARSE_ROWS = 8  # a row that is read for so many in the table
+SPARSE_FROM = 1 << 21  # numbers of a table: 8 MB in float32
+SPARSE_ROWS = 24  # a row that is read for so many in the table
 
 
 class Rows(NamedTuple):
