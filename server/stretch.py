@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ckd_fed.config import Config
 from ckd_fed.training.fit import validations_due
 from ckd_fed.wire import margin_dtype
@@ -33,14 +35,18 @@ def stretch_epochs(config: Config, epoch: int, validations: int, per_epoch: int)
 
 
 def grown(config: Config, validations: int, held: int, messaging: float, seconds: float) -> int:
-    """How many validations the rounds of a lone student are to hold from now on: twice as many if messaging took too much of this one.
+    """How many validations the rounds of a lone student are to hold from now on: as many as bring messaging down to its share, and no fewer
+    than before. A message costs the same whatever is in it, all but.
 
     Args:
         config: of the run.
         validations: that a round was to hold.
-        held: that this one did; a round that was asked for before they grew, or that was cut, says nothing of their present length.
+        held: that this one did.
         messaging: seconds of this round that no node worked.
         seconds: that it took.
     """
-    too_much = messaging > config.federation.messaging_share * seconds
-    return min(LONGEST, 2 * validations) if held == validations and too_much else validations
+    share = config.federation.messaging_share
+    if not held or messaging <= share * seconds:
+        return validations
+    work, wanted = (seconds - messaging) / held, messaging * (1 - share)  # wanted: what share times the work of a round should come to
+    return max(validations, math.ceil(wanted / (share * work)) if share * work * LONGEST > wanted else LONGEST)

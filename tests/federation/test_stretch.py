@@ -32,11 +32,24 @@ def test_epochs_of_a_round(epoch, validations, per_epoch, expected):
 
 
 def test_a_round_grows_while_messaging_takes_too_much_of_it():
-    assert grown(config(), 1, 1, messaging=2.0, seconds=10.0) == 2
     assert grown(config(), 1, 1, messaging=0.9, seconds=10.0) == 1
-    assert grown(config(), 4, 2, messaging=9.0, seconds=10.0) == 4  # asked for before they grew
-    assert grown(config(), LONGEST, LONGEST, messaging=9.0, seconds=10.0) == LONGEST
+    assert grown(config(), 1, 1, messaging=2.0, seconds=10.0) == 3  # 2 of 26
+    assert grown(config(), 2, 2, messaging=2.0, seconds=10.0) == 5  # 2 of 22
+    assert grown(config(), 4, 2, messaging=2.0, seconds=10.0) == 5  # asked for before they grew, and yet they were to be longer
+    assert grown(config(), 6, 2, messaging=2.0, seconds=10.0) == 6
+    assert grown(config(), 1, 1, messaging=9.0, seconds=10.0) == LONGEST
+    assert grown(config(), 1, 1, messaging=10.0, seconds=10.0) == LONGEST
+    assert grown(config(), 3, 0, messaging=9.0, seconds=10.0) == 3  # without a validation
     assert grown(config(**{"federation.messaging-share": 1}), 1, 1, messaging=9.9, seconds=10.0) == 1
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
+def test_a_round_as_long_as_it_grows_keeps_messaging_to_its_share(share):
+    wanted = config(**{"federation.messaging-share": share})
+    for messaging in (0.5, 1.0, 3.0, 7.0):
+        length = grown(wanted, 1, 1, messaging, messaging + 10.0)
+        assert length == LONGEST or messaging <= share * (messaging + 10.0 * length) * (1 + 1e-9)
+        assert length == 1 or messaging > share * (messaging + 10.0 * (length - 1))  # and no longer than that
 
 
 def test_bytes_of_an_epoch_of_baby():
