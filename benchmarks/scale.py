@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from memory import peak_mb
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.config import resolve
+from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.training.build import build_trainer
 
@@ -46,6 +48,20 @@ SAMPLE = 2_000  # users of an evaluation
 MB = 1 << 20
 
 
+class Clocked(list[StepTriples]):
+    """Triples of some steps that note when each is asked for, and when all have been done with."""
+
+    def __init__(self, triples: Iterable[StepTriples]) -> None:
+        super().__init__(triples)
+        self.clock: list[float] = []
+
+    def __iter__(self) -> Iterator[StepTriples]:
+        for triples in super().__iter__():
+            self.clock.append(time.perf_counter())
+            yield triples
+        self.clock.append(time.perf_counter())
+
+
 def child(backbone: str, n_users: int, n_items: int, n_train: int, threads: int, steps: int) -> dict[str, float]:
     dataset = made_up(n_users, n_items, n_train, WIDTHS)
     after_data = peak_mb()
@@ -56,22 +72,20 @@ def child(backbone: str, n_users: int, n_items: int, n_train: int, threads: int,
     generator = torch.Generator().manual_seed(0)
     teacher = Embeddings(*(torch.randn(n, 64, generator=generator) for n in (n_users, n_items)))
 
-    def part_of_an_epoch(n: int) -> float:
-        started = time.perf_counter()
-        triples = [trainer.stream.step(0, number) for number in range(n)]
-        trainer.train_epoch(0, {m: margin_sheet(teacher, triples, np.dtype(np.float16)) for m in dataset.modalities}, triples)
-        return time.perf_counter() - started
-
     def once_and_a_step() -> tuple[float, float]:
-        one = part_of_an_epoch(1)
-        step = (part_of_an_epoch(1 + steps) - one) / steps
-        return max(0.0, one - step), step
+        triples = Clocked(trainer.stream.step(0, number) for number in range(1 + steps))
+        started = time.perf_counter()
+        sheets = {m: margin_sheet(teacher, triples, np.dtype(np.float16)) for m in dataset.modalities}
+        margins = (time.perf_counter() - started) / len(triples)
+        triples.clock.clear()
+        started = time.perf_counter()
+        trainer.train_epoch(0, sheets, triples)
+        whole, each = time.perf_counter() - started, np.diff(triples.clock)
+        return whole - float(each.sum()), float(np.median(each[1:])) + margins
 
-    part_of_an_epoch(1)  # allocates
     _, first = once_and_a_step()
     for state in trainer.optimizer._state.values():  # as if so many steps had been taken; by its public way the peak would rise
         state["step"].fill_(1000)
-    part_of_an_epoch(1)
     once, seconds = once_and_a_step()
     started = time.perf_counter()
     drawn = [trainer.stream.step(0, number) for number in range(20)]
