@@ -63,7 +63,7 @@ class Adam:
             gradient, state = parameter.grad, self._state[name]
             assert gradient is not None
             if gradient.is_sparse and name in self._row_tables and float(state["step"]) >= FROM_STEP:
-                self._step_of_rows(name, parameter, gradient.coalesce(), state)
+                self._step_of_rows(name, parameter, gradient, state)
                 continue
             self._settle(name)
             whole.append((parameter, gradient.to_dense() if gradient.is_sparse else gradient, state))
@@ -90,22 +90,26 @@ class Adam:
     def _step_of_rows(self, name: str, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
         if name not in self._behind:
             self._behind[name] = _Behind(self.learning_rate, state["step"], (parameter, state["exp_avg"], state["exp_avg_sq"]))
-        rows = self._behind[name].current(gradient.indices()[0])
+        behind = self._behind[name]
+        if behind.caught_up(gradient._indices()[0]):
+            gradient._coalesced_(True)  # they are ascending and each once, of which autograd keeps no note
+        gradient = gradient.coalesce()
+        rows = behind.current(gradient.indices()[0])
         if rows is None:
             raise RuntimeError(f"rows of {name} were read while behind; call catch_up with them before a step reads them")
         self._update([(rows[0], gradient.values(), {"step": state["step"], "exp_avg": rows[1], "exp_avg_sq": rows[2]})])
-        self._behind[name].stepped(gradient.indices()[0], rows)
+        behind.stepped(gradient.indices()[0], rows)
 
     @torch.no_grad()
     def catch_up(self, read: Mapping[str, Tensor]) -> None:
         """Bring up to date the rows that the next step reads.
 
         Args:
-            read: name of a table -> row numbers ``(n,)``, which may repeat. Tables that are not behind are passed over.
+            read: name of a table -> row numbers ``(n,)``, ascending and each once. Tables that are not behind are passed over.
         """
-        for name, index in read.items():
+        for name, rows in read.items():
             if name in self._behind:
-                self._behind[name].catch_up(index.unique())
+                self._behind[name].catch_up(rows)
 
     def settle(self) -> None:
         """Bring all rows of all tables up to date. Parameters are those of the last step after it, until the next."""
@@ -178,16 +182,20 @@ class _Behind:
         self._open = None
 
     def catch_up(self, rows: Tensor) -> None:
-        """Move on the rows, ascending and each once."""
+        """Move on the rows, ascending and each once; a step is to follow."""
         self._close()
         new = self._gather(rows)
         self._drift.apply(*new, self._last[rows])
         self._scatter(self._tables[0], rows, new[0])
         self._open = rows, new
 
+    def caught_up(self, rows: Tensor) -> bool:
+        """Whether these are the rows that were caught up for this step."""
+        return self._open is not None and torch.equal(self._open[0], rows)
+
     def current(self, rows: Tensor) -> _Rows | None:
         """The rows as the last step left them; None where some are not as far."""
-        if self._open is not None and torch.equal(self._open[0], rows):
+        if self._open is not None and self.caught_up(rows):
             return self._open[1]
         self._close()
         return self._gather(rows) if bool((self._last[rows] == self._drift.step).all()) else None

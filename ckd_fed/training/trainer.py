@@ -128,7 +128,8 @@ class Trainer:
         if not self.optimizer.behind:
             return
         batches = [ranking] if distillation is None else [ranking, distillation]
-        rows = {"users": torch.cat([b.users for b in batches]), "items": torch.cat([part for b in batches for part in (b.first, b.second)])}
+        users, items = [b.users for b in batches], [part for b in batches for part in (b.first, b.second)]
+        rows = {"users": torch.cat(users).unique(), "items": torch.cat(items).unique()}
         self.optimizer.catch_up({name: rows[of] for name, of in self.backbone.row_tables.items()})
 
     def _generator(self, epoch: int, purpose: str = "ckd-epoch-1") -> torch.Generator:
