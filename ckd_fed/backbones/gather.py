@@ -9,6 +9,7 @@ a parameter that is much larger than what is read of it is sparse: the rows that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -139,8 +140,19 @@ def differences(table: Tensor, pairs: Pairs) -> Tensor:
     if table.device.type != "cpu":
         return table[pairs[0]] - table[pairs[1]]
     # A bag of the two rows with weights 1 and -1: the same bits, and neither row is laid out.
-    signs = torch.tensor([1.0, -1.0], dtype=table.dtype).repeat(len(pairs[0]), 1)
-    return F.embedding_bag(torch.stack(pairs, dim=1), table.detach(), mode="sum", per_sample_weights=signs)
+    starts, signs = _bags_of_two(len(pairs[0]), table.dtype)
+    return F.embedding_bag(torch.stack(pairs, dim=1).view(-1), table.detach(), starts, mode="sum", per_sample_weights=signs)
+
+
+@lru_cache(maxsize=16)
+def _bags_of_two(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where each of n bags starts, and the weights of what is in them; the same in every step, and as dear to make as the bags' sums."""
+    return torch.arange(0, 2 * n, 2), torch.tensor([1.0, -1.0], dtype=dtype).repeat(n)
+
+
+def add_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``table[index] += rows``, in the order of the index: what ``index_add_`` gives, whose general path takes three times as long."""
+    table.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows)
 
 
 class _Gather(torch.autograd.Function):
@@ -158,18 +170,18 @@ class _Gather(torch.autograd.Function):
         given = rows if rows is not None else difference
         if given is None:
             return None, None, None, None, None
-        added = [(index, rows, 1)] if rows is not None else []
+        added = [(index, rows)] if rows is not None else []
         if difference is not None:
-            added += [(first, difference, 1), (second, difference, -1)]
+            added += [(first, difference), (second, -difference)]
         if not ctx.sparse:
             gradient = given.new_zeros(ctx.shape)
-            for where, values, sign in added:
-                gradient.index_add_(0, where, values, alpha=sign)
+            for where, values in added:
+                add_rows(gradient, where, values)
             return gradient, None, None, None, None
-        read, positions = torch.cat([where for where, _, _ in added]).unique(return_inverse=True)
+        read, positions = torch.cat([where for where, _ in added]).unique(return_inverse=True)
         gradient = given.new_zeros((len(read), *ctx.shape[1:]))
-        for position, (_, values, sign) in zip(positions.split([len(where) for where, _, _ in added]), added, strict=True):
-            gradient.index_add_(0, position, values, alpha=sign)
+        for position, (_, values) in zip(positions.split([len(where) for where, _ in added]), added, strict=True):
+            add_rows(gradient, position, values)
         return torch.sparse_coo_tensor(read[None], gradient, ctx.shape, is_coalesced=True, check_invariants=False), None, None, None, None
 
 

@@ -16,6 +16,7 @@ Steps per epoch = floor(n_train / B) + 1.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -85,6 +86,40 @@ def below(word: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
     scaled *= np.asarray(bound, dtype=np.uint64)
     scaled >>= np.uint64(32)
     return scaled.view(np.int64)
+
+
+def smallest(word: np.ndarray, n: int) -> np.ndarray:
+    """Positions of the n smallest of uniformly distributed words, all different, in ascending order; ``(n,)`` int64.
+
+    The n-th lies close to the n-th part of the range, so only the words around that are put in order; where it does not, all are.
+    """
+    share = n / len(word)
+    spread = 6 * math.sqrt(share * (1 - share) / len(word))
+    low, high = (np.uint64(min(max(int((share + side * spread) * 2**64), 0), _MASK)) for side in (-1, 1))
+    found = np.flatnonzero(word <= high)
+    least = word[found]
+    near = least[least >= low]
+    rank = n - 1 - (len(least) - len(near))
+    if not 0 <= rank < len(near):
+        return np.flatnonzero(word <= np.partition(word, n - 1)[n - 1])
+    return found[least <= np.partition(near, rank)[rank]]
+
+
+def first_distinct(numbers: np.ndarray, n: int) -> np.ndarray:
+    """The n distinct ones that occur first, in ascending order; all that are distinct where those are fewer.
+
+    Args:
+        numbers: int64, from 0 and below 2**31; fewer than 2**32 of them.
+    """
+    keys = numbers << 32 | np.arange(len(numbers))  # one sort of plain integers; np.unique would sort their positions along
+    keys.sort()
+    value = keys >> 32
+    first = np.append(True, value[1:] != value[:-1])[: len(keys)]
+    value = value[first]
+    if len(value) <= n:
+        return value
+    position = keys[first] & 0xFFFFFFFF
+    return value[position <= np.partition(position, n - 1)[n - 1]]
 
 
 @dataclass(frozen=True)
@@ -171,15 +206,13 @@ class TripleStream:
             return np.sort(pool[below(self._lane(base, lane, n), len(pool))])
         if 4 * n >= len(pool):  # dense: the n smallest of one word per user
             word = self._lane(base, lane, len(pool))  # all different: one counter each, mixed by a bijection
-            return pool[np.flatnonzero(word <= np.partition(word, n - 1)[n - 1])]
+            return pool[smallest(word, n)]
         chosen = np.empty(0, dtype=np.int64)  # sparse: draw, keep first occurrences, draw again for what is missing
         attempt = lane
         while len(chosen) < n:
-            drawn = np.concatenate([chosen, below(self._lane(base, attempt, n + n // 4 + 8), len(pool))])
-            _, first = np.unique(drawn, return_index=True)
-            chosen = drawn[np.sort(first)[:n]]
+            chosen = first_distinct(np.concatenate([chosen, below(self._lane(base, attempt, n + n // 4 + 8), len(pool))]), n)
             attempt += _MORE_USERS
-        return pool[np.sort(chosen)]
+        return pool[chosen]
 
     @staticmethod
     def _lane(base: int, lane: int, n: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ckd_fed.backbones.base import Triples
-from ckd_fed.backbones.gather import Gather, compacted, differences, gather_rows, margin
+from ckd_fed.backbones.gather import Gather, add_rows, compacted, differences, gather_rows, margin
 
 
 @pytest.fixture
@@ -69,6 +69,15 @@ def test_differences_need_no_gradient(generator):
     table = torch.randn(5, 4, generator=generator, requires_grad=True)
     assert not differences(table, (torch.tensor([0]), torch.tensor([1]))).requires_grad
     assert torch.equal(F.embedding(torch.tensor([3]), table) - table[2], differences(table, (torch.tensor([3]), torch.tensor([2]))))
+
+
+def test_rows_are_added_in_the_order_of_the_index(generator):
+    """To the bits of torch's own index_add_, on which training depends."""
+    table, rows = torch.randn(50, 64, generator=generator), torch.randn(3000, 64, generator=generator)
+    index = torch.randint(50, (3000,), generator=generator)
+    expected = table.clone().index_add_(0, index, rows, alpha=-1)
+    add_rows(table, index, -rows)
+    assert torch.equal(table, expected)
 
 
 def test_compacted_indices_are_positions_among_the_distinct_ones():

@@ -38,7 +38,12 @@ def test_features_are_read_only(linear):
 
 
 def test_it_pays_beyond_a_block():
-    features = torch.empty(4, projection.BLOCK // 8)
+    features = torch.empty(9, projection.BLOCK // 8)
     assert not projection.pays(features, 8)
     assert projection.pays(features, 9)
     assert not projection.pays(features.to("meta"), 9)
+
+
+def test_it_does_not_pay_where_all_features_are_a_block():
+    """However many rows are asked for, some of them several times."""
+    assert not projection.pays(torch.empty(8, projection.BLOCK // 8), 100)

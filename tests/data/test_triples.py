@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from ckd_fed.data.triples import _KD_USERS, _USERS, TripleStream, below, derive_key, mix64, triples_hash, words
+from ckd_fed.data.triples import _KD_USERS, _USERS, TripleStream, below, derive_key, first_distinct, mix64, smallest, triples_hash, words
 from ckd_fed.errors import DataError
 
 # Users 0, 4, 8, ... have no training items; user 1 has all items but one.
@@ -157,6 +157,28 @@ def test_sparse_drawing_draws_again_after_collisions(interactions, monkeypatch):
     assert len(used) == 8
     assert len(set(used)) == 8
     assert not np.array_equal(triples.ranking[0], triples.distillation[0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 250, 999, 1000], ids="{} of 1000".format)
+def test_the_smallest_words(n):
+    word = words(derive_key("smallest", n), 1000)
+    assert np.array_equal(smallest(word, n), np.sort(np.argsort(word)[:n]))
+
+
+@pytest.mark.parametrize("shift", [0, 63], ids=["all small", "all large"])
+def test_the_smallest_words_where_they_are_not_spread_evenly(shift):
+    """Then none of them, or all of them, is where the n-th was looked for."""
+    word = (np.random.default_rng(0).permutation(1000).astype(np.uint64)) + (np.uint64(1) << np.uint64(shift))
+    assert np.array_equal(smallest(word, 400), np.sort(np.argsort(word)[:400]))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "n", "expected"),
+    [([5, 3, 5, 9, 3, 1], 3, [3, 5, 9]), ([5, 3, 5, 9, 3, 1], 4, [1, 3, 5, 9]), ([4, 4, 2**31 - 1, 0], 9, [0, 4, 2**31 - 1]), ([], 2, [])],
+    ids=["some", "all", "fewer", "none"],
+)
+def test_the_first_distinct_numbers(numbers, n, expected):
+    assert first_distinct(np.array(numbers, dtype=np.int64), n).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [8, 60])
