@@ -8,7 +8,9 @@ from ckd_fed.config import Config
 from ckd_fed.training.fit import validations_due
 from ckd_fed.wire import margin_dtype
 
-LONGEST = 8  # validations of a round: a run should be seen to go on, and little lost when it breaks off
+# A run should be seen to go on, and little lost when it breaks off: no round is made longer than the longer of these.
+LONGEST = 8  # validations
+LONGEST_SECONDS = 60.0  # of work
 
 
 def sheet_bytes(config: Config, n_train: int) -> int:
@@ -49,4 +51,5 @@ def grown(config: Config, validations: int, held: int, messaging: float, seconds
     if not held or messaging <= share * seconds:
         return validations
     work, wanted = (seconds - messaging) / held, messaging * (1 - share)  # wanted: what share times the work of a round should come to
-    return max(validations, math.ceil(wanted / (share * work)) if share * work * LONGEST > wanted else LONGEST)
+    longest = max(LONGEST, int(LONGEST_SECONDS / work)) if work > 0 else LONGEST
+    return max(validations, math.ceil(wanted / (share * work)) if share * work * longest > wanted else longest)

@@ -3,7 +3,7 @@
 import pytest
 
 from ckd_fed.config import resolve
-from server.stretch import LONGEST, grown, sheet_bytes, stretch_epochs
+from server.stretch import LONGEST, LONGEST_SECONDS, grown, sheet_bytes, stretch_epochs
 
 
 def config(**given):
@@ -37,7 +37,9 @@ def test_a_round_grows_while_messaging_takes_too_much_of_it():
     assert grown(config(), 2, 2, messaging=2.0, seconds=10.0) == 5  # 2 of 22
     assert grown(config(), 4, 2, messaging=2.0, seconds=10.0) == 5  # asked for before they grew, and yet they were to be longer
     assert grown(config(), 6, 2, messaging=2.0, seconds=10.0) == 6
-    assert grown(config(), 1, 1, messaging=9.0, seconds=10.0) == LONGEST
+    assert grown(config(), 1, 1, messaging=5.0, seconds=10.0) == 9  # 5 of 50
+    assert grown(config(), 1, 1, messaging=9.0, seconds=10.0) == LONGEST_SECONDS  # of a second each
+    assert grown(config(), 1, 1, messaging=90.0, seconds=100.0) == LONGEST  # of ten seconds each
     assert grown(config(), 1, 1, messaging=10.0, seconds=10.0) == LONGEST
     assert grown(config(), 3, 0, messaging=9.0, seconds=10.0) == 3  # without a validation
     assert grown(config(**{"federation.messaging-share": 1}), 1, 1, messaging=9.9, seconds=10.0) == 1
