@@ -140,6 +140,9 @@ class Backbone(nn.Module, ABC):
     #: Whether scores depend on features at all. Where they do not, every view is the same and all causal effects are 0 by construction.
     scores_use_features = True
 
+    #: Whether :meth:`ranking_embeddings` of one view after the other costs hardly more than of all at once. Then no two need be in memory.
+    views_are_cheap = False
+
     @property
     def row_tables(self) -> dict[str, Literal["users", "items"]]:
         """Parameters of which a step reads only the rows of its own users or items, by name, and of which of the two; none by default.

@@ -38,6 +38,8 @@ class VBPR(Backbone):
         embeddings ``(n, (1 + number of modalities) * embedding_dim)``.
     """
 
+    views_are_cheap = True
+
     def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, embedding_dim: int = 64, l2: float = 1e-5) -> None:
         super().__init__(train, features, l2=l2)
         self.embedding_dim = embedding_dim

@@ -14,7 +14,8 @@ from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation.metrics import RankingMetrics
 
-_BLOCK_SCORES = 1 << 22  # scores held at a time: 16 MB in float32
+_BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 24}  # scores held at a time: 4 MB in float32, which a CPU's cache holds; fewer launches on a GPU
+_BLOCK_USERS = 64  # at least, or a block costs a pass over the items' table: 9.5 ms a user of 500,000 items with 8 users, 4.2 ms with 64
 
 
 def evaluate(
@@ -75,7 +76,7 @@ def top_items(
         TrainingError: an embedding is not finite.
     """
     for table in embeddings:
-        if not torch.isfinite(table).all():
+        if table.numel() and not torch.isfinite(torch.stack(torch.aminmax(table))).all():  # no temporary of the table's size, as isfinite has two of
             raise TrainingError("the embeddings hold NaN or infinite values, so nothing can be ranked; lower training.learning-rate")
     out = None if among is None else torch.from_numpy(np.flatnonzero(~among)).to(embeddings.items.device)
     for chunk, seen, (scores,) in score_blocks([embeddings], train, users):
@@ -96,7 +97,8 @@ def score_blocks(
     """
     device = tables[0].items.device
     items = [table.items.T.contiguous() for table in tables]
-    block = min(max(1, _BLOCK_SCORES // train.n_items), max(1, len(users)))
+    scores_held = _BLOCK_SCORES.get(device.type, _BLOCK_SCORES["cpu"])
+    block = min(max(_BLOCK_USERS, scores_held // train.n_items), max(1, len(users)))
     # Scores are written in place: small results that are kept between large temporaries leave holes that nothing large fits into, and
     # memory would grow to that of all scores.
     buffers = [table.items.new_empty(block, train.n_items) for table in tables]

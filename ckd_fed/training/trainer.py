@@ -117,6 +117,7 @@ class Trainer:
                 _accumulate(means, output, counterfactual=self.backbone.scores_use_features)
         finally:
             self.optimizer.settle()
+            self.optimizer.zero_grad()  # the memory is a validation's until the next step
         values = {name: mean.compute(LOWEST if name.startswith("effect/") else 0.0) for name, mean in means.items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -142,15 +143,20 @@ class Trainer:
         return evaluate(self.embeddings([view])[view], self.dataset.train, held_out, self.ks, share)
 
     def diagnose(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> RankingMetrics:
-        """Joint metrics by their name, and each modality's ``only m`` metrics as ``only/m/<metric>``; one pass for all views.
+        """Joint metrics by their name, and each modality's ``only m`` metrics as ``only/m/<metric>``; one pass for all views, where views
+        share work.
 
         A backbone whose scores do not depend on features has no ``only m`` metrics: they would be the joint ones.
         """
         only = self.backbone.diagnosed
-        tables = self.embeddings([self.backbone.joint, *only.values()])
-        metrics = evaluate(tables[self.backbone.joint], self.dataset.train, held_out, self.ks, share)
+        together = {} if self.backbone.views_are_cheap else self.embeddings([self.backbone.joint, *only.values()])
+
+        def ranked(view: View) -> RankingMetrics:
+            return evaluate(together[view], self.dataset.train, held_out, self.ks, share) if together else self.rank(held_out, view, share)
+
+        metrics = ranked(self.backbone.joint)
         for modality, view in only.items():
-            metrics.add(f"only/{modality}/", evaluate(tables[view], self.dataset.train, held_out, self.ks, share))
+            metrics.add(f"only/{modality}/", ranked(view))
         return metrics
 
     def read_out(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> tuple[RankingMetrics, Values]:

@@ -8,7 +8,7 @@ from ckd_fed.backbones.base import Embeddings
 from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation import ranking
 from ckd_fed.evaluation.metrics import RankingMetrics
-from ckd_fed.evaluation.ranking import evaluate
+from ckd_fed.evaluation.ranking import evaluate, top_items
 
 N_USERS, N_ITEMS = 40, 35
 
@@ -57,8 +57,19 @@ def test_against_a_loop(problem, ks):
 @pytest.mark.parametrize("scores", [1, N_ITEMS, 3 * N_ITEMS, 3 * N_ITEMS + 1, 34 * N_ITEMS])
 def test_blocks_do_not_matter(problem, monkeypatch, scores):
     whole = evaluate(*problem)
-    monkeypatch.setattr(ranking, "_BLOCK_SCORES", scores)
+    monkeypatch.setitem(ranking._BLOCK_SCORES, "cpu", scores)
+    monkeypatch.setattr(ranking, "_BLOCK_USERS", 1)
     assert evaluate(*problem).compute() == pytest.approx(whole.compute(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("least", "scores", "expected"), [(5, 1, 5), (5, 8 * N_ITEMS, 8), (10**6, 1, N_USERS)], ids=["least", "scores", "all"])
+def test_users_of_a_block(problem, monkeypatch, least, scores, expected):
+    tables, train = problem[:2]
+    monkeypatch.setitem(ranking._BLOCK_SCORES, "cpu", scores)
+    monkeypatch.setattr(ranking, "_BLOCK_USERS", least)
+    blocks = [len(users) for users, _ in top_items(tables, train, np.arange(N_USERS), 3)]
+    assert max(blocks) == blocks[0] == expected
+    assert sum(blocks) == N_USERS
 
 
 @pytest.mark.parametrize("workers", [2, 3, 100])

@@ -275,6 +275,18 @@ def test_a_teacher_reports_no_only_metrics(make_trainer):
     assert not [key for key in teacher.diagnose(teacher.dataset.val).compute() if key.startswith("only/")]
 
 
+def test_views_ranked_one_by_one_rank_as_together(make_trainer, monkeypatch):
+    trainer, asked = make_trainer(), []
+    genuine, n = trainer.embeddings, 1 + len(trainer.backbone.diagnosed)
+    monkeypatch.setattr(trainer, "embeddings", lambda views: asked.append(len(views)) or genuine(views))
+    found = []
+    for cheap in (True, False):
+        monkeypatch.setattr(trainer.backbone, "views_are_cheap", cheap)
+        found.append(trainer.diagnose(trainer.dataset.val).compute())
+    assert asked == [1] * n + [n]
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 def test_shares_of_a_diagnosis_merge_to_the_whole(make_trainer):
     trainer = make_trainer()
     whole, merged = trainer.diagnose(trainer.dataset.val), RankingMetrics(KS)
