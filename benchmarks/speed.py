@@ -37,8 +37,9 @@ from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import open_dataset
 from ckd_fed.data.triples import StepTriples
-from ckd_fed.distillation.margins import margin_sheet, teacher_margins
+from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.distillation.objective import PlainObjective
+from ckd_fed.training.batches import batches
 from ckd_fed.training.build import build_trainer
 from ckd_fed.training.central import select
 from ckd_fed.training.trainer import Trainer
@@ -136,8 +137,8 @@ class Case:
         if sheets is None or self.ours.objective is None:
             ours = float(PlainObjective()(self.ours.backbone, Triples(*ranking)).loss.detach())
         else:
-            margins = teacher_margins(sheets, 0, triples, self.model.item_embedding)
-            ours = float(self.ours.objective(self.ours.backbone, Triples(*ranking), Triples(*pairs), margins).loss.detach())
+            (batch,) = batches([triples], sheets, {}, torch.device("cpu"), torch.float32)
+            ours = float(self.ours.objective(self.ours.backbone, Triples(*ranking), Triples(*pairs), batch.margins).loss.detach())
         return abs(ours - theirs) / abs(theirs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.backbones.gather import differences
 from ckd_fed.data.triples import StepTriples
-from ckd_fed.distillation.objective import TeacherMargins
 
 DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
@@ -65,26 +64,3 @@ def asked_about(mask: np.ndarray, triples: np.ndarray) -> np.ndarray:
         ``(n,)`` bool.
     """
     return mask[triples[1]] & mask[triples[2]]
-
-
-def teacher_margins(
-    sheets: Mapping[str, np.ndarray], row: int, triples: StepTriples, like: torch.Tensor, masks: Mapping[str, np.ndarray] | None = None
-) -> dict[str, TeacherMargins]:
-    """What all teachers say of one step.
-
-    Args:
-        sheets: modality -> :func:`margin_sheet`.
-        row: of the sheets, the step's.
-        triples: of the step.
-        like: decides dtype and device.
-        masks: modality -> which items have it, ``(n_items,)`` bool; a modality that all items have is absent.
-    """
-    found = {}
-    batch_size = triples.ranking.shape[1]
-    for modality, sheet in sheets.items():
-        margins = torch.tensor(sheet[row]).to(device=like.device, dtype=like.dtype)  # a copy: sheets from the wire are read-only
-        asked = []
-        if masks and modality in masks:
-            asked = [torch.from_numpy(asked_about(masks[modality], part)).to(like.device) for part in (triples.ranking, triples.distillation)]
-        found[modality] = TeacherMargins(margins[:batch_size], margins[batch_size:], *asked)
-    return found

@@ -15,7 +15,6 @@ from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
 from ckd_fed.distillation.effects import LOWEST
-from ckd_fed.distillation.margins import teacher_margins
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput
 from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation.calibration import Calibration, calibrate, calibration_views, combine, view_name
@@ -24,6 +23,7 @@ from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.evaluation.tested import Tested, add_warm_and_cold, rank_test_users
 from ckd_fed.training.adam import Adam
 from ckd_fed.training.balancing import Balancing
+from ckd_fed.training.batches import batches
 
 Values = dict[str, float]
 METRIC = "recall@20"  # that training and every choice on validation go by
@@ -102,14 +102,12 @@ class Trainer:
         self.backbone.start_epoch(epoch, self._generator(epoch))
         self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
         try:
-            for row, triples in enumerate(self.stream.steps(epoch, self.share) if steps is None else steps):
-                ranking = _triples(triples.ranking, self.device)
-                distillation = None if sheets is None else _triples(triples.distillation, self.device)
+            drawn = self.stream.steps(epoch, self.share) if steps is None else steps
+            for ranking, distillation, margins in batches(drawn, sheets, self.dataset.masks, like.device, like.dtype):
                 self._catch_up(ranking, distillation)
-                if self.objective is None or sheets is None or distillation is None:
+                if self.objective is None or distillation is None:
                     output = self.balancing.loss(self.backbone, ranking)
                 else:
-                    margins = teacher_margins(sheets, row, triples, like, self.dataset.masks)
                     output = self.objective(self.backbone, ranking, distillation, margins)
                 self.optimizer.zero_grad()
                 output.loss.backward()
@@ -214,10 +212,6 @@ class Trainer:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Load parameters saved by :meth:`snapshot`."""
         self.backbone.load_state_dict(dict(state))
-
-
-def _triples(array: np.ndarray, device: torch.device) -> Triples:
-    return Triples(*torch.from_numpy(array).long().to(device))
 
 
 @dataclass
