@@ -23,12 +23,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ckd_fed.errors import CkdError, ConfigError
 
 _STARTUP_SECONDS = 30.0
 _POLL_SECONDS = 2.0
 _SILENCE_SECONDS = 120.0  # for which a SuperLink may not say how the run is: it restarts, or the network is gone for a moment
 _STOP_SECONDS = 30.0
+_END_SECONDS = 5.0  # for what a SuperLink leaves behind
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; `timeout`, CI and systemd; a terminal that was closed
 _LOCAL = (":local:", ":local-in-memory:")
 
@@ -241,17 +244,38 @@ def _superlink(connection: str | None, environment: dict[str, str], write: Calla
         _await_health(process, http, log)
         yield
     finally:
+        started = _descendants(process.pid)
         process.terminate()
         try:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(15)
         finally:
-            # A SuperLink that was slow to end its own processes, or was killed, leaves them behind in its process group.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            # A SuperLink that was killed leaves the processes that it started behind, and one that was asked to end what they started in
+            # turn: a simulation, in a session of their own, that has not heard yet that its run was stopped and then never will.
+            _end_groups({process.pid, *(group for _, group in started)}, [one for one, _ in started])
             process.wait()
     log.unlink()
     log.parent.rmdir()
+
+
+def _descendants(pid: int) -> list[tuple[psutil.Process, int]]:
+    """What a process has started, and what that has, each with its process group."""
+    found = []
+    with suppress(psutil.Error):
+        for one in psutil.Process(pid).children(recursive=True):
+            with suppress(ProcessLookupError):
+                found.append((one, os.getpgid(one.pid)))
+    return found
+
+
+def _end_groups(groups: set[int], members: Sequence[psutil.Process]) -> None:
+    """Ask process groups to end, wait a little for the members that are known, and kill what is left; never this process' own."""
+    groups = groups - {os.getpgrp()}
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for group in groups:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, number)
+        psutil.wait_procs(members, timeout=_END_SECONDS)
 
 
 def _await_health(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

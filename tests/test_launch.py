@@ -16,8 +16,9 @@ from ckd_fed.launch import RunError, app_config, flower_run
 INTERPRETER = sys.executable  # tests put another one in its place
 SUPERLINK = """\
     import http.server, os, pathlib, subprocess, sys
-    spawned = subprocess.Popen(["sleep", "300"])  # as the real one starts a ServerApp
-    pathlib.Path({pids!r}).write_text(f"{{os.getpid()}} {{spawned.pid}}")
+    spawned = subprocess.Popen(["sleep", "300"])
+    detached = subprocess.Popen(["sleep", "300"], start_new_session=True)  # as the real one starts what starts a simulation
+    pathlib.Path({pids!r}).write_text(f"{{os.getpid()}} {{spawned.pid}} {{detached.pid}}")
     class Health(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -118,6 +119,20 @@ def test_a_run_that_completes_leaves_nothing_behind(flower, tmp_path):
     assert asked(tmp_path) == ["run", "log", "ls"]
     assert not left_behind(tmp_path)
     assert not list(tmp_path.glob("ckd-fed-superlink-*"))
+
+
+def test_what_does_not_end_when_asked_is_killed_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(launch, "_END_SECONDS", 0.5)
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(300)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True).wait()"
+    with subprocess.Popen([INTERPRETER, "-c", parent], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        ((child, group),) = launch._descendants(process.pid)
+        assert group == child.pid != process.pid
+        launch._end_groups({process.pid, group, os.getpgrp()}, [child])  # its own group among them, and yet this test goes on
+        assert process.wait(5) == -signal.SIGTERM
+        assert not child.is_running() or child.status() == "zombie"
+    assert launch._descendants(process.pid) == []
 
 
 def test_a_failed_run_is_an_error_that_ends_with_the_reason(flower, tmp_path, refuses):
