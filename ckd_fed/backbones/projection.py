@@ -16,8 +16,10 @@ BLOCK = 1 << 20  # numbers of a block of features: 4 MB in float32
 
 
 def pays(features: Tensor, n: int) -> bool:
-    """Whether :func:`project_rows` is the faster way to n rows of the features: on a CPU, where they are more than a block, and so are all features
-    (less of them stay in the cache as they are, and gathering any would cost more than projecting all)."""
+    """Whether :func:`project_rows` is the faster way to n rows of the features: on a CPU, where they are more than a block.
+
+    Features that are one block all in all stay in the cache as they are; gathering some of them costs more than projecting all.
+    """
     return features.device.type == "cpu" and min(n * features.shape[1], features.numel()) > BLOCK
 
 
