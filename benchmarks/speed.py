@@ -5,7 +5,8 @@
     python benchmarks/speed.py --quick
 
 For every case both sides start from the same parameters; their losses on the same triples are compared first (relative difference,
-which must be under 1e-5), then steps are timed in turns, sampling and the teachers' margins included, and the median round counts.
+which must be under 1e-5; under 1e-3 with ``--features bfloat16``, which ours alone has then), then steps are timed in turns, sampling and
+the teachers' margins included, and the median round counts.
 ``naive.py`` is the published manner. The rows of an epoch and of the whole recipe (a teacher a modality, the plain and the distilled student,
 ``--epochs`` each, validated as configured) are reckoned from the steps and evaluations above them. With ``--memory`` each side of each case
 also runs in a process of its own, whose peak resident memory is printed (Linux). ``--profile`` prints where our distillation steps spend
@@ -46,6 +47,7 @@ from ckd_fed.training.trainer import Trainer
 
 FLOAT32 = np.dtype(np.float32)
 ROLES = ("teacher", "plain", "distilled")
+SAME = {"float32": 1e-5, "bfloat16": 1e-3}  # relative difference of the losses under which both sides compute the same
 
 
 def tensors(triples: np.ndarray) -> naive.Batch:
@@ -78,18 +80,19 @@ class Case:
         """Models, teachers and optimisers; of one side, ``ours`` or ``naive``, where its memory is measured."""
         config = resolve(self.config.flat(), {"backbone": self.backbone, "training.device": "cpu"})
         of_role = select(self.dataset, (self.modality,)) if self.role == "teacher" else self.dataset
-        self.ours = build_trainer(config, of_role, self.role, distilled=self.role == "distilled")
+        exact = resolve(config.flat(), {"training.feature-dtype": "float32"})
+        self.ours = build_trainer(exact if side == "naive" else config, of_role, self.role, distilled=self.role == "distilled")
         self.theirs = self.ours
         self.present: tuple[str, ...] = of_role.modalities
         if side == "both" or (side == "naive" and self.absent):
-            self.theirs = build_trainer(config, self.dataset if self.absent else of_role, self.role)
+            self.theirs = build_trainer(exact, self.dataset if self.absent else of_role, self.role)
             self.model.load_state_dict(self.ours.backbone.state_dict(), strict=not self.absent)
         self.adjacency = naive.coordinate_adjacency(self.dataset.train) if self.backbone == "mmgcn" and side != "ours" else None
         self.tables: dict[str, Embeddings] = {}
         self.teachers: dict[str, Embeddings | naive.Model] = {}
         if self.role == "distilled":
             for m in self.dataset.modalities:
-                trainer = build_trainer(config, select(self.dataset, (m,)), f"teacher/{m}")
+                trainer = build_trainer(exact, select(self.dataset, (m,)), f"teacher/{m}")
                 self.tables[m] = trainer.soft_scores()
                 # As published: a graph teacher is passed over the catalogue in every step; VBPR's tables are looked up.
                 self.teachers[m] = trainer.backbone if self.adjacency is not None else self.tables[m]  # type: ignore[assignment]
@@ -216,7 +219,7 @@ def catalogue_products(case: Case) -> float:
 def peak_memory(arguments: argparse.Namespace, case: Case, side: str) -> float:
     """Peak resident MB of a process that does three steps of one side, and of ours an evaluation."""
     command = [sys.executable, __file__, "--child", case.backbone, case.role, case.modality, side]
-    command += ["--threads", str(arguments.threads), "--dataset", arguments.dataset]
+    command += ["--threads", str(arguments.threads), "--dataset", arguments.dataset, "--features", arguments.features]
     if arguments.data:
         command += ["--data", str(arguments.data)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -242,6 +245,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that holds the dataset's folder; without it, data of Baby's sizes are made up")
     parser.add_argument("--dataset", default="tiktok")
     parser.add_argument("--backbones", nargs="+", default=["vbpr", "mmgcn"], choices=["vbpr", "mmgcn"])
+    parser.add_argument("--features", default="float32", choices=list(SAME), help="training.feature-dtype of our side")
     parser.add_argument("--roles", nargs="+", default=list(ROLES), choices=ROLES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="a round")
@@ -257,6 +261,7 @@ def main() -> None:
         arguments.steps, arguments.rounds = 2, 2
     torch.set_num_threads(arguments.threads)
     base: dict[str, object] = {"training.threads": arguments.threads, "distillation.rho": 1.0, "distillation.margin-dtype": "float32"}
+    base["training.feature-dtype"] = arguments.features
     if arguments.data:
         base.update({"dataset": arguments.dataset, "data.dir": str((arguments.data / arguments.dataset).resolve())})
     config = resolve(base, {})  # type: ignore[arg-type]
@@ -285,7 +290,7 @@ def main() -> None:
             case = Case(f"{backbone} {name}", config, dataset, backbone, role, modality)
             case.build()
             difference = case.difference()
-            if not difference < 1e-5:
+            if not difference < SAME[arguments.features]:
                 raise SystemExit(f"{case.name}: the losses differ by {difference:.1e}; the two sides do not compute the same")
             slow, fast = in_turns(lambda c=case: c.train_naive(arguments.steps), lambda c=case: c.train_ours(arguments.steps), arguments.rounds)  # type: ignore[misc]
             seconds[name] = slow / arguments.steps, fast / arguments.steps

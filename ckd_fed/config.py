@@ -86,6 +86,7 @@ class TrainingConfig:
     patience: int = _at_least(0, default=10)  # validations without a gain that are tolerated
     validation_users: int = _at_least(0, default=0)  # that a validation ranks for at most, always the same; 0: all. The test is for all
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:N; a node's own device wins
+    feature_dtype: str = _one_of("float32", "bfloat16", default="float32")  # in which features are held and projected; parameters are float32
     threads: int = _at_least(0, default=0)  # CPU threads of a training process; 0: torch's default, or 1 where the matrices are small
 
 

@@ -157,6 +157,7 @@ def test_unknown_keys(refuses, key, mentions):
         ("training.device", "cuda:", ["'cuda:'", "cuda:N"]),
         ("training.device", "cpu:0", ["'cpu:0'"]),
         pytest.param("training.device", "cuda:²", ["²", "cuda:N"], id="cuda-superscript"),
+        ("training.feature-dtype", "float16", ["'float16'", "float32", "bfloat16"]),
         ("distillation.rho", -1, ["-1", "at least 0"]),
         ("distillation.temperature", 0, ["greater than 0"]),
         ("distillation.batch-size", 0, ["at least 1"]),

@@ -140,6 +140,10 @@ class Backbone(nn.Module, ABC):
     #: Whether scores depend on features at all. Where they do not, every view is the same and all causal effects are 0 by construction.
     scores_use_features = True
 
+    #: Whether features, the buffers ``features_<modality>``, are read by :func:`~ckd_fed.backbones.projection.project` and
+    #: ``project_rows`` alone. Then they may be held in a narrower type than the parameters.
+    projects_features = False
+
     #: Whether :meth:`ranking_embeddings` of one view after the other costs hardly more than of all at once. Then no two need be in memory.
     views_are_cheap = False
 

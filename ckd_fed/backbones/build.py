@@ -45,6 +45,7 @@ def build_backbone(
     masks: Mapping[str, np.ndarray] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    feature_dtype: torch.dtype | None = None,
 ) -> Backbone:
     """Build a backbone with freshly drawn parameters.
 
@@ -56,12 +57,17 @@ def build_backbone(
         masks: modality -> which items have it, ``(n_items,)`` bool; handed on to a backbone whose constructor has ``present``.
         seed: of the initialisation. Parameters are drawn on the CPU, so every device starts from the same ones.
         device, dtype: where and in what precision it lives.
+        feature_dtype: type in which the features are held, ``dtype`` or a narrower one; None for ``dtype``.
 
     Raises:
-        ConfigError: unknown backbone or option.
+        ConfigError: unknown backbone or option, or a type of features that the backbone cannot do with.
         DataError: a modality's name cannot be used.
     """
     build = backbone_class(name)
+    held = dtype if feature_dtype is None else feature_dtype
+    if held != dtype and not build.projects_features:
+        held_in = str(held).removeprefix("torch.")
+        raise ConfigError(f"training.feature-dtype is {held_in!r}, but {name!r} does more with its features than project them; use 'float32'")
     known = {p.name: type(p.default) for p in signature(build).parameters.values() if p.kind is Parameter.KEYWORD_ONLY}
     for option, value in options.items():
         if option not in known:
@@ -75,7 +81,12 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build(train, tensors, *present, **options)
-    return backbone.to(device=device, dtype=dtype)
+    backbone = backbone.to(device=device, dtype=dtype)
+    if held != dtype:
+        for modality in features:
+            buffer = f"features_{modality}"
+            backbone.register_buffer(buffer, backbone.get_buffer(buffer).to(held), persistent=False)
+    return backbone
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

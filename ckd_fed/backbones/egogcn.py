@@ -18,6 +18,7 @@ from ckd_fed.backbones.base import Embeddings, RankingBatch, View, bpr_loss
 from ckd_fed.backbones.blocks import BlockBackbone
 from ckd_fed.backbones.graph import Propagation, symmetric_normalised_adjacency
 from ckd_fed.backbones.grcn import mean_squares
+from ckd_fed.backbones.projection import project
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, unknown
 
@@ -76,6 +77,8 @@ class EgoGCN(BlockBackbone):
     Shapes:
         embeddings ``(n, (1 + number of modalities) * embedding_dim)``.
     """
+
+    projects_features = True
 
     def __init__(
         self,
@@ -206,7 +209,7 @@ class EgoGCN(BlockBackbone):
         """X_m, one row a side where the modality is absent."""
         users = self._preference(modality)
         features = self.get_buffer(f"features_{modality}" if present else f"mean_features_{modality}")
-        items = unit_rows(F.leaky_relu(self.projection[modality](features)))
+        items = unit_rows(F.leaky_relu(project(features, self.projection[modality])))
         return Nodes(users if present else unit_rows(users.mean(0, keepdim=True)), items)
 
     def _gated(self, inputs: Mapping[tuple[str, bool], Nodes]) -> dict[tuple[str, str, bool], Nodes]:

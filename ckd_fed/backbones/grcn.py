@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ckd_fed.backbones.attention import BipartiteEdges, unit_rows
 from ckd_fed.backbones.base import Embeddings, RankingBatch, Triples, View, bpr_loss
 from ckd_fed.backbones.blocks import BlockBackbone
+from ckd_fed.backbones.projection import project
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, unknown
 
@@ -87,6 +88,8 @@ class GRCN(BlockBackbone):
     Shapes:
         embeddings ``(n, (1 + number of modalities) * embedding_dim)``, or ``(n, embedding_dim)`` with ``fusion_mode="id"``.
     """
+
+    projects_features = True
 
     def __init__(
         self,
@@ -186,7 +189,7 @@ class GRCN(BlockBackbone):
     def _present(self, modality: str) -> Affinity:
         edges = self.edges
         users = unit_rows(self.preference[modality])
-        items = unit_rows(F.leaky_relu(self.projection[modality](self.get_buffer(f"features_{modality}"))))
+        items = unit_rows(F.leaky_relu(project(self.get_buffer(f"features_{modality}"), self.projection[modality])))
         for _ in range(self.n_routing):
             alpha = edges.softmax_at_users(edges.similarity(users, items))
             users = unit_rows(users + edges.to_users(alpha, items))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
 from ckd_fed.backbones.gather import Gather, gather_rows
 from ckd_fed.backbones.graph import Propagation, row_normalised_adjacency
+from ckd_fed.backbones.projection import project
 from ckd_fed.data.interactions import Interactions
 
 
@@ -90,6 +91,8 @@ class MMGCN(Backbone):
     Shapes:
         embeddings ``(n, embedding_dim)``.
     """
+
+    projects_features = True
 
     def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, embedding_dim: int = 64, l2: float = 1e-5) -> None:
         super().__init__(train, features, l2=l2)
@@ -177,7 +180,7 @@ class MMGCN(Backbone):
         """What the first layer of a branch gives, ``(n_users + n_items, d)``; it enters as rows of unit norm."""
         linear, preference, branch = self.projection[modality], self.preference[modality], self.branch[modality]
         if present:
-            x = F.normalize(torch.cat([preference, linear(self.get_buffer(f"features_{modality}"))]), dim=-1)
+            x = F.normalize(torch.cat([preference, project(self.get_buffer(f"features_{modality}"), linear)]), dim=-1)
             return F.leaky_relu_(branch.layer(0, x, self.propagate).add_(id_embedding))  # type: ignore[operator]
         mean = linear(self.get_buffer(f"mean_features_{modality}"))
         sides = F.normalize(torch.stack([preference.mean(0), mean]), dim=-1)  # (2, d)

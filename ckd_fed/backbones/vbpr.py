@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
 from ckd_fed.backbones.gather import Gather, gather_rows
-from ckd_fed.backbones.projection import pays, project_rows
+from ckd_fed.backbones.projection import pays, project, project_rows
 from ckd_fed.data.interactions import Interactions
 
 
@@ -38,6 +38,7 @@ class VBPR(Backbone):
         embeddings ``(n, (1 + number of modalities) * embedding_dim)``.
     """
 
+    projects_features = True
     views_are_cheap = True
 
     def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, embedding_dim: int = 64, l2: float = 1e-5) -> None:
@@ -78,7 +79,7 @@ class VBPR(Backbone):
         for modality in self.modalities:
             linear, preference = self.projection[modality], self.preference[modality]
             if any(modality in view for view in views):
-                blocks[modality, True] = (preference, linear(self.features(modality)))
+                blocks[modality, True] = (preference, project(self.features(modality), linear))
             if any(modality not in view for view in views):
                 mean = linear(self.get_buffer(f"mean_features_{modality}"))
                 blocks[modality, False] = (preference.mean(0).expand(self.n_users, -1), mean.expand(self.n_items, -1))
@@ -94,7 +95,7 @@ class VBPR(Backbone):
     @torch.no_grad()
     def ranking_embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """The ID block and the present blocks: absent ones shift all scores of a user alike."""
-        items = {m: self.projection[m](self.features(m)) for m in self.modalities if any(m in view for view in views)}
+        items = {m: project(self.features(m), self.projection[m]) for m in self.modalities if any(m in view for view in views)}
         return {
             view: Embeddings(
                 torch.cat([self.user_embedding, *(self.preference[m] for m in items if m in view)], dim=1),
@@ -133,14 +134,13 @@ class VBPR(Backbone):
     def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, Tensor | None]:
         """As ``gather.of_items`` of the projected features, of which only the rows that are asked for are computed."""
         features, linear = self.features(modality), self.projection[modality]
-        assert isinstance(linear, nn.Linear)
         pairs = gather.pairs or ()
         n = len(gather.items) + sum(map(len, pairs))
         if pays(features, n):
             asked = gather.distinct_items(self.n_items)
             return gather_rows(project_rows(features, asked.rows, linear), asked.items, asked.pairs)
         if n >= self.n_items:
-            return gather.of_items(linear(features))
-        rows = linear(F.embedding(torch.cat([gather.items, *pairs]), features))
+            return gather.of_items(project(features, linear))
+        rows = project(F.embedding(torch.cat([gather.items, *pairs]), features), linear)
         ranking, *others = rows.split([len(gather.items), *map(len, pairs)])
         return ranking, others[0] - others[1] if others else None

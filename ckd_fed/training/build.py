@@ -40,6 +40,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def feature_dtype(config: Config) -> torch.dtype:
+    """In which features are held and projected."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.training.feature_dtype]
+
+
 def triple_stream(config: Config, dataset: Dataset, *, distillation: bool) -> TripleStream:
     """The run's triples; with their distillation part or without."""
     k = config.distillation.batch_size if distillation else 0
@@ -90,7 +95,9 @@ def build_trainer(
     features = {m: dense_features(dataset, m) for m in dataset.modalities}
     seed = derive_key("ckd-init-1", config.seed, role) & 0x7FFFFFFF
     with graphs_kept_in(cache / "nearest" if cache else None):
-        backbone = build_backbone(config.backbone, dataset.train, features, config.model, seed=seed, masks=dataset.masks, device=device)
+        backbone = build_backbone(
+            config.backbone, dataset.train, features, config.model, seed=seed, masks=dataset.masks, device=device, feature_dtype=feature_dtype(config)
+        )
     # Threads that share small matrices gain nothing, and where another process wants a core they wait for each other at every
     # operation: two of them took 100 times as long as one on the stand-in.
     automatic = _DEFAULT_THREADS if backbone.dense_work > _WORTH_SHARING else 1

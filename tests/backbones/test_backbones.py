@@ -30,10 +30,11 @@ def name(request):
 def build(name, random_interactions, random_features):
     """The backbone, small and in float64."""
 
-    def make(n_modalities=2, *, seed=0, features=None, masks=None, dtype=torch.float64, **options):
+    def make(n_modalities=2, *, seed=0, features=None, masks=None, dtype=torch.float64, feature_dtype=None, **options):
         train = random_interactions(N_USERS, N_ITEMS)
         features = random_features(N_ITEMS, n_modalities) if features is None else features
-        return build_backbone(name, train, features, {"embedding_dim": 4, "l2": 1e-2, **options}, seed=seed, masks=masks, dtype=dtype)
+        options = {"embedding_dim": 4, "l2": 1e-2, **options}
+        return build_backbone(name, train, features, options, seed=seed, masks=masks, dtype=dtype, feature_dtype=feature_dtype)
 
     return make
 
@@ -379,6 +380,31 @@ def test_unknown_backbone(refuses, random_interactions, random_features):
     refuses(ConfigError, lambda: backbone_class("vpbr"), "'vpbr'", "did you mean 'vbpr'", *BACKBONES)
     train, features = random_interactions(N_USERS, N_ITEMS), random_features(N_ITEMS)
     refuses(ConfigError, lambda: build_backbone("x", train, features, {}, seed=0), "'x'", *BACKBONES)
+
+
+def test_features_in_a_narrower_type(build, name, refuses):
+    """Parameters, margins and losses stay float32, and a step is nearly the exact one; where a backbone trains its features it is refused."""
+    if not backbone_class(name).projects_features:
+        refuses(ConfigError, lambda: build(dtype=torch.float32, feature_dtype=torch.bfloat16), "training.feature-dtype", "bfloat16", name, "float32")
+        return
+    exact, narrow = (build(dtype=torch.float32, feature_dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert {narrow.get_buffer(f"features_{m}").dtype for m in narrow.modalities} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.float32}
+    assert narrow.state_dict().keys() == exact.state_dict().keys()
+    views, ranking, distillation = all_views(exact), random_triples(100, 1), random_triples(50, 2)
+    found, expected = (begin(one).step(ranking, views, distillation, views) for one in (narrow, exact))
+    for view in views:
+        torch.testing.assert_close(found.ranking[view], expected.ranking[view], rtol=0, atol=0.05)
+        torch.testing.assert_close(found.distillation[view], expected.distillation[view], rtol=0, atol=0.05)
+    assert not torch.equal(found.ranking[exact.joint], expected.ranking[exact.joint])
+    losses = [sum(output.loss_terms.values()) for output in (found, expected)]
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0)
+    for loss in losses:
+        loss.backward()
+    for (key, ours), theirs in zip(narrow.named_parameters(), exact.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert ours.grad.dtype == torch.float32, key
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.1, atol=0.02, msg=key)
 
 
 def test_unknown_option(build, name, refuses):

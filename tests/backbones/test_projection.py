@@ -15,7 +15,7 @@ def linear() -> nn.Linear:
     return nn.Linear(6, 3, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("block", [1, 6, 13, 24, 10_000], ids="{} numbers a block".format)  # under a row, 1, 2 and 4 rows, all
+@pytest.mark.parametrize("block", [1, 48, 104, 192, 80_000], ids="{} bytes a block".format)  # under a row, 1, 2 and 4 rows, all
 @pytest.mark.parametrize("index", [[4, 0, 4, 8, 1, 1, 7], [3], []], ids=["repeated", "one", "none"])
 def test_rows_and_gradients_are_those_of_the_layer(linear, monkeypatch, block, index):
     monkeypatch.setattr(projection, "BLOCK", block)
@@ -37,13 +37,35 @@ def test_features_are_read_only(linear):
     assert features.grad is None
 
 
+@pytest.mark.parametrize("block", [1, 24, 48, 80_000], ids="{} bytes a block".format)  # under a row, 2 and 4 rows, all
+def test_features_in_bfloat16(monkeypatch, block):
+    """All rows, and some of them in blocks: what exact products of the rounded features give, but for the rounding of the other factor and of
+    the result, 2^-9 each. Nothing but the features is bfloat16."""
+    monkeypatch.setattr(projection, "BLOCK", block)
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 3)
+    features, index, signal = torch.randn(9, 6).bfloat16(), torch.tensor([4, 0, 4, 8, 1, 1, 7]), torch.randn(7, 3)
+    exact = nn.Linear(6, 3, dtype=torch.float64)
+    exact.load_state_dict(linear.state_dict())
+    expected = exact(features.double()[index])
+    gradients = torch.autograd.grad((expected * signal).sum(), list(exact.parameters()))
+    for found in (projection.project_rows(features, index, linear), projection.project(features, linear)[index]):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=6 * 2**-8)
+        assert not torch.equal(found.double(), expected)
+        for ours, theirs in zip(torch.autograd.grad((found * signal).sum(), list(linear.parameters())), gradients, strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=7 * 2**-7)
+
+
 def test_it_pays_beyond_a_block():
-    features = torch.empty(9, projection.BLOCK // 8)
+    features = torch.empty(9, projection.BLOCK // 32)
     assert not projection.pays(features, 8)
     assert projection.pays(features, 9)
     assert not projection.pays(features.to("meta"), 9)
+    assert not projection.pays(features.bfloat16(), 9)  # half as many bytes
 
 
 def test_it_does_not_pay_where_all_features_are_a_block():
     """However many rows are asked for, some of them several times."""
-    assert not projection.pays(torch.empty(8, projection.BLOCK // 8), 100)
+    assert not projection.pays(torch.empty(8, projection.BLOCK // 32), 100)

@@ -11,6 +11,7 @@ import torch
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.backbones.base import Triples
 from ckd_fed.backbones.build import build_backbone
+from ckd_fed.config import resolve
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.triples import TripleStream
 from ckd_fed.distillation.effects import LOWEST
@@ -22,6 +23,7 @@ from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.training import fit as fit_module
 from ckd_fed.training import trainer as trainer_module
+from ckd_fed.training.build import build_trainer
 from ckd_fed.training.fit import Fit, mean_values
 from ckd_fed.training.trainer import Trainer
 
@@ -417,6 +419,19 @@ def test_learns_a_toy_with_an_obvious_answer(toy, name):
     if name != "bm3":  # its views are all the joint one
         assert values["only/a/recall@10"] > 0.4
         assert values["only/b/recall@10"] > 0.4
+
+
+def test_features_in_bfloat16_learn_as_well(toy):
+    """The toy once more with `training.feature-dtype`: nearly the same losses, and the same right answer."""
+    losses, recalls = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        config = resolve({"training.feature-dtype": dtype, "training.learning-rate": 0.03, "training.batch-size": 60, "model.embedding-dim": 8})
+        trainer = build_trainer(config, toy, "teacher/a")
+        losses[dtype] = [trainer.train_epoch(epoch)["loss/total"] for epoch in range(20)]
+        recalls[dtype] = trainer.rank(toy.test).compute()["recall@10"]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert min(recalls.values()) > 0.85
 
 
 def test_calibration_never_chooses_what_validation_speaks_against(make_dataset, monkeypatch):
