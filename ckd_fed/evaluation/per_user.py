@@ -9,7 +9,7 @@ import numpy as np
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.interactions import Interactions
-from ckd_fed.evaluation.metrics import user_values
+from ckd_fed.evaluation.metrics import RankingMetrics, user_values
 from ckd_fed.evaluation.ranking import top_items
 
 
@@ -31,9 +31,17 @@ class UserRankings:
 
     def metrics(self, ks: Sequence[int]) -> dict[str, np.ndarray]:
         """``recall@20`` and the like -> one value a user, ``(n,)`` float32; their means are the run's test metrics."""
-        longest = max(ks)
-        hits = self.hits if self.hits.shape[1] >= longest else np.pad(self.hits, ((0, 0), (0, longest - self.hits.shape[1])))
-        return {name: values.astype(np.float32) for name, values in user_values(hits, self.n_relevant, ks).items()}
+        return {name: values.astype(np.float32) for name, values in user_values(self._padded(ks), self.n_relevant, ks).items()}
+
+    def means(self, ks: Sequence[int]) -> RankingMetrics:
+        """The same over all users, as :func:`~ckd_fed.evaluation.ranking.evaluate` gives it."""
+        metrics = RankingMetrics(tuple(sorted(ks)))
+        metrics.update(self._padded(ks), self.n_relevant)
+        return metrics
+
+    def _padded(self, ks: Sequence[int]) -> np.ndarray:
+        """Fewer items than K: the lists end early."""
+        return np.pad(self.hits, ((0, 0), (0, max(0, max(ks) - self.hits.shape[1]))))
 
 
 def rank_users(embeddings: Embeddings, train: Interactions, held_out: Interactions, k: int, share: tuple[int, int] = (0, 1)) -> UserRankings:

@@ -12,7 +12,7 @@ from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.evaluation.groups import group_rows, merge_groups
 from ckd_fed.evaluation.metrics import RankingMetrics
-from ckd_fed.evaluation.per_user import rank_users
+from ckd_fed.evaluation.per_user import UserRankings, rank_users
 from ckd_fed.evaluation.ranking import evaluate
 
 ENOUGH = 10  # cold items, in lengths of the longest list
@@ -60,7 +60,11 @@ def rank_test_users(
         ks: cut-offs of the metrics; 20 among them.
         share: (w, W), see :func:`~ckd_fed.evaluation.ranking.evaluate`.
     """
-    rankings = rank_users(embeddings, train, test, max(ks), share)
+    return user_test(model, rank_users(embeddings, train, test, max(ks), share), train, test, ks)
+
+
+def user_test(model: str, rankings: UserRankings, train: Interactions, test: Interactions, ks: Sequence[int]) -> UserTest:
+    """What ranked lists of at least ``max(ks)`` items say user by user; arguments as for :func:`rank_test_users`."""
     return UserTest(rankings.users, rankings.metrics(ks), group_rows(model, rankings, train, test))
 
 

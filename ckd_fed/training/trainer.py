@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,11 @@ from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutpu
 from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation.calibration import Calibration, calibrate, calibration_views, combine, view_name
 from ckd_fed.evaluation.metrics import RankingMetrics
+from ckd_fed.evaluation.per_user import rank_users
 from ckd_fed.evaluation.ranking import evaluate
-from ckd_fed.evaluation.tested import Tested, add_warm_and_cold, rank_test_users
+from ckd_fed.evaluation.tested import Tested, UserTest, add_warm_and_cold, user_test
 from ckd_fed.training.adam import Adam
+from ckd_fed.training.allocator import give_back_freed_memory
 from ckd_fed.training.balancing import Balancing
 from ckd_fed.training.batches import batches
 
@@ -109,13 +111,13 @@ class Trainer:
                     output = self.balancing.loss(self.backbone, ranking)
                 else:
                     output = self.objective(self.backbone, ranking, distillation, margins)
-                self.optimizer.zero_grad()
                 output.loss.backward()
                 self.balancing.step(self.backbone, self.optimizer)
+                self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
                 _accumulate(means, output, counterfactual=self.backbone.scores_use_features)
         finally:
             self.optimizer.settle()
-            self.optimizer.zero_grad()  # the memory is a validation's until the next step
+            self.optimizer.zero_grad()
         values = {name: mean.compute(LOWEST if name.startswith("effect/") else 0.0) for name, mean in means.items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -146,15 +148,19 @@ class Trainer:
 
         A backbone whose scores do not depend on features has no ``only m`` metrics: they would be the joint ones.
         """
+        return self._rank_views(lambda joint: evaluate(joint, self.dataset.train, held_out, self.ks, share), held_out, share)
+
+    def _rank_views(self, rank_joint: Callable[[Embeddings], RankingMetrics], held_out: Interactions, share: tuple[int, int]) -> RankingMetrics:
+        """As :meth:`diagnose`, with another way to the metrics of the joint view's tables."""
         only = self.backbone.diagnosed
         together = {} if self.backbone.views_are_cheap else self.embeddings([self.backbone.joint, *only.values()])
 
-        def ranked(view: View) -> RankingMetrics:
-            return evaluate(together[view], self.dataset.train, held_out, self.ks, share) if together else self.rank(held_out, view, share)
+        def tables(view: View) -> Embeddings:
+            return together[view] if together else self.embeddings([view])[view]
 
-        metrics = ranked(self.backbone.joint)
+        metrics = rank_joint(tables(self.backbone.joint))
         for modality, view in only.items():
-            metrics.add(f"only/{modality}/", ranked(view))
+            metrics.add(f"only/{modality}/", evaluate(tables(view), self.dataset.train, held_out, self.ks, share))
         return metrics
 
     def read_out(self, held_out: Interactions, share: tuple[int, int] = (0, 1)) -> tuple[RankingMetrics, Values]:
@@ -167,8 +173,11 @@ class Trainer:
             The metrics; and what was chosen on validation: ``readout/weight/<view>``, the fitted weights of the views (``joint``,
             ``only m``), and ``readout/val/<view>``, the validation Recall@20 of each and of ``calibrated``.
         """
-        backbone, train, val = self.backbone, self.dataset.train, self.validation
         metrics = self.diagnose(held_out, share)
+        return metrics, self._add_calibrated(metrics, held_out, share)
+
+    def _add_calibrated(self, metrics: RankingMetrics, held_out: Interactions, share: tuple[int, int]) -> Values:
+        backbone, train, val = self.backbone, self.dataset.train, self.validation
         tables = self.embeddings(calibration_views(backbone))
         fit = calibrate(tables, train, val)
         recalls = {view: evaluate(table, train, val, self.ks).compute().get(METRIC, 0.0) for view, table in tables.items()}
@@ -180,10 +189,10 @@ class Trainer:
         metrics.add("calibrated/", evaluate(calibrated, train, held_out, self.ks, share))
         chosen = {f"readout/weight/{name}": weight for name, weight in fit.named(backbone).items()}
         chosen.update({f"readout/val/{view_name(backbone, view)}": recall for view, recall in recalls.items()})
-        return metrics, {**chosen, "readout/val/calibrated": reached}
+        return {**chosen, "readout/val/calibrated": reached}
 
     def test(self, model: str, share: tuple[int, int] = (0, 1), *, calibrated: bool = False) -> Tested:
-        """The test that a run ends with.
+        """The test that a run ends with. Every view is ranked once.
 
         Args:
             model: its name in the groups' rows.
@@ -191,14 +200,23 @@ class Trainer:
             calibrated: also read a student out, see :meth:`read_out`.
         """
         train, test = self.dataset.train, self.dataset.test
-        metrics, chosen = self.read_out(test, share) if calibrated else (self.diagnose(test, share), {})
-        joint = self.soft_scores()
-        add_warm_and_cold(metrics, joint, train, test, share)
-        return Tested(metrics, chosen, rank_test_users(model, joint, train, test, self.ks, share))
+        by_user: list[UserTest] = []
+
+        def rank_joint(joint: Embeddings) -> RankingMetrics:
+            rankings = rank_users(joint, train, test, max(self.ks), share)
+            by_user.append(user_test(model, rankings, train, test, self.ks))
+            metrics = rankings.means(self.ks)
+            add_warm_and_cold(metrics, joint, train, test, share)
+            return metrics
+
+        metrics = self._rank_views(rank_joint, test, share)
+        chosen = self._add_calibrated(metrics, test, share) if calibrated else {}
+        return Tested(metrics, chosen, by_user[0])
 
     def embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """Detached tables of some views, for ranking."""
         self.backbone.eval()
+        give_back_freed_memory()
         return self.backbone.ranking_embeddings(views)
 
     def soft_scores(self) -> Embeddings:

@@ -27,6 +27,7 @@ def test_means_over_users_are_the_metrics(n_items, random_interactions):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].mean() == pytest.approx(value, abs=1e-6)
+    assert rankings.means((20, 10)).compute() == pytest.approx(expected, rel=1e-12)
     np.testing.assert_array_equal(rankings.users, held_out.users)
 
 

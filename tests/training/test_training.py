@@ -18,6 +18,8 @@ from ckd_fed.distillation.effects import LOWEST
 from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.distillation.objective import DistillationObjective
 from ckd_fed.errors import TrainingError
+from ckd_fed.evaluation import per_user as per_user_module
+from ckd_fed.evaluation import ranking as ranking_module
 from ckd_fed.evaluation.calibration import Calibration, combine
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
@@ -432,6 +434,27 @@ def test_features_in_bfloat16_learn_as_well(toy):
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
     assert min(recalls.values()) > 0.85
+
+
+@pytest.mark.parametrize("name", ["vbpr", "mmgcn"])  # views one after the other, and all at once
+def test_a_test_ranks_every_view_once(name, make_dataset, monkeypatch):
+    """Means, users and groups of the joint view are of one ranking, and the means are those of a diagnosis."""
+    problem = make_dataset(n_users=40, n_items=200, n_modalities=3)
+    trainer = build_trainer(resolve({"backbone": name, "model.embedding-dim": 4}), problem, "student")
+    expected = trainer.diagnose(problem.test).compute()
+    ranked = []
+    top_items = ranking_module.top_items
+
+    def counted(embeddings, *arguments):
+        ranked.append(embeddings)
+        return top_items(embeddings, *arguments)
+
+    for module in (ranking_module, per_user_module):
+        monkeypatch.setattr(module, "top_items", counted)
+    tested = trainer.test("student")
+    assert len(ranked) == 4
+    assert tested.metrics.compute() == pytest.approx(expected, rel=1e-12)
+    assert tested.by_user.values["recall@20"].mean() == pytest.approx(expected["recall@20"], abs=1e-6)
 
 
 def test_calibration_never_chooses_what_validation_speaks_against(make_dataset, monkeypatch):
