@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,16 +70,41 @@ class RankingBatch:
     Attributes:
         triples: user, positive item i, negative item j.
         margin: s(u,i) - s(u,j), ``(B,)``.
-        users, positives, negatives: rows of the joint tables, ``(B, d)`` each.
+        rows: of the joint tables, :attr:`users`, :attr:`positives` and :attr:`negatives`; or what gives them, called once at most.
         parts: of the :class:`Pass`.
+        squares: sum of the squares of all these rows, where it is there without them; scalar.
     """
 
     triples: Triples
     margin: Tensor
-    users: Tensor
-    positives: Tensor
-    negatives: Tensor
+    rows: Sequence[Tensor] | Callable[[], Sequence[Tensor]]
     parts: dict[str, Tensor] = field(default_factory=dict)
+    squares: Tensor | None = None
+
+    @cached_property
+    def _rows(self) -> Sequence[Tensor]:
+        return self.rows() if callable(self.rows) else self.rows
+
+    @property
+    def users(self) -> Tensor:
+        """Rows of the users, ``(B, d)``."""
+        return self._rows[0]
+
+    @property
+    def positives(self) -> Tensor:
+        """Rows of the items i, ``(B, d)``."""
+        return self._rows[1]
+
+    @property
+    def negatives(self) -> Tensor:
+        """Rows of the items j, ``(B, d)``."""
+        return self._rows[2]
+
+    def half_squares(self) -> Tensor:
+        """Half the sum of the rows' squares, divided by B: the published L2 term before its weight."""
+        if self.squares is not None:
+            return 0.5 * self.squares / len(self.triples)
+        return half_squares(self.users, self.positives, self.negatives)
 
 
 @dataclass(frozen=True)
@@ -238,7 +264,7 @@ class Backbone(nn.Module, ABC):
 
         .. math:: \frac1B\sum -\log\sigma(d(u,i,j)) + \frac{\lambda}{2B}\sum(|u|^2 + |i|^2 + |j|^2)
         """
-        return {"bpr": bpr_loss(batch.margin), "l2": self.l2 * half_squares(batch.users, batch.positives, batch.negatives)}
+        return {"bpr": bpr_loss(batch.margin), "l2": self.l2 * batch.half_squares()}
 
     def embed(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """Full embedding tables of several views in one pass, with gradient."""
@@ -288,7 +314,7 @@ class Backbone(nn.Module, ABC):
             if view in asked.distillation_views:
                 output.distillation[view] = rows.distillation_margin()
             if view == self.joint:
-                output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[view], rows.users, rows.first, rows.second, done.parts))
+                output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[view], rows[:3], done.parts))
         return output
 
 

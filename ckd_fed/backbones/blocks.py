@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import Gather, Rows
+from ckd_fed.backbones.gather import BlockMargins, Gather, block_margins
 
 
 class BlockBackbone(Backbone):
@@ -36,21 +36,22 @@ class BlockBackbone(Backbone):
         """As :meth:`Backbone.compute_step`, block by block."""
         views = self.blocks(asked.views)
         gather = Gather(asked.ranking, asked.distillation)
-        rows: dict[int, Rows] = {}  # of each block
-        ranked: dict[int, Tensor] = {}  # margins of each block
-        distilled: dict[int, Tensor] = {}
+        done: dict[int, BlockMargins] = {}
         for block in (block for blocks in views.values() for block in blocks):
-            if id(block) not in rows:
-                of_block = rows[id(block)] = gather.rows(gather.of_users(block.users), *gather.of_items(block.items))
-                ranked[id(block)] = of_block.ranking_margin()
-                if asked.distillation is not None:
-                    distilled[id(block)] = of_block.distillation_margin()
-        output = StepOutput({}, {}, {})
-        for view, blocks in views.items():
-            if view in asked.ranking_views:
-                output.ranking[view] = torch.stack([ranked[id(block)] for block in blocks]).sum(0)
-            if view in asked.distillation_views:
-                output.distillation[view] = torch.stack([distilled[id(block)] for block in blocks]).sum(0)
-        user, first, second = (torch.cat(part, dim=1) for part in zip(*(rows[id(block)][:3] for block in views[self.joint]), strict=True))
-        output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[self.joint], user, first, second))
-        return output
+            if id(block) not in done:
+                done[id(block)] = block_margins(block.users, block.items, gather)
+        ranked = {key: one.ranking for key, one in done.items()}
+        distilled = {key: one.distillation for key, one in done.items() if one.distillation is not None}
+        joint = views[self.joint]
+
+        def of_view(view: View, margins: Mapping[int, Tensor]) -> Tensor:
+            return torch.stack([margins[id(block)] for block in views[view]]).sum(0)
+
+        def joint_rows() -> list[Tensor]:
+            rows = (gather.rows(gather.of_users(block.users), *gather.of_items(block.items))[:3] for block in joint)
+            return [torch.cat(part, dim=1) for part in zip(*rows, strict=True)]
+
+        margins = {view: of_view(view, ranked) for view in asked.ranking_views}
+        squares = torch.stack([done[id(block)].squares for block in joint]).sum()
+        batch = RankingBatch(asked.ranking, margins[self.joint], joint_rows, squares=squares)
+        return StepOutput(self.losses(batch), margins, {view: of_view(view, distilled) for view in asked.distillation_views})

@@ -125,7 +125,7 @@ class BM3(Backbone):
             difference = F.linear(difference, self.predictor.weight)  # the bias cancels
         rows = gather.rows(self.predictor(gather.of_users(users)), self.predictor(of_items), difference)
         margin = rows.ranking_margin()
-        batch = RankingBatch(asked.ranking, margin, *rows[:3], {"users": users, "items": items})
+        batch = RankingBatch(asked.ranking, margin, rows[:3], {"users": users, "items": items})
         output = StepOutput(self.losses(batch), dict.fromkeys(asked.ranking_views, margin), {})
         if difference is not None:
             output.distillation = dict.fromkeys(asked.distillation_views, rows.distillation_margin())

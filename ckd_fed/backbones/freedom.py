@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View, bpr_loss, half_squares
+from ckd_fed.backbones.base import Embeddings, Pass, RankingBatch, View, bpr_loss
 from ckd_fed.backbones.gather import margin
 from ckd_fed.backbones.graph import Csr, Propagation, constant_product, light_gcn, symmetric_normalised_adjacency
 from ckd_fed.backbones.item_graph import ItemGraphBackbone, Neighbours, share, total
@@ -121,7 +121,7 @@ class FREEDOM(ItemGraphBackbone):
             rows = self._projected(m, torch.cat([first, second])).split([len(first), len(second)])
             terms[f"bpr_{m}"] = self.modality_weight * bpr_loss(margin(users, *rows))
         if self.l2:
-            terms["l2"] = self.l2 * half_squares(batch.users, batch.positives, batch.negatives)
+            terms["l2"] = self.l2 * batch.half_squares()
         return terms
 
     def _projected(self, modality: str, items: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class MMGCN(Backbone):
             if view in asked.distillation_views:
                 output.distillation[view] = done.distillation_margin()
             if view == self.joint:
-                output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[view], *done[:3]))
+                output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[view], done[:3]))
         return output
 
     def _mean(self, view: View, branches: Mapping[str, tuple[list[bool], Tensor]]) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import Gather, gather_rows
+from ckd_fed.backbones.gather import Gather, ItemRows, block_margins, gather_rows
 from ckd_fed.backbones.projection import pays, project, project_rows
 from ckd_fed.data.interactions import Interactions
 
@@ -105,42 +105,37 @@ class VBPR(Backbone):
         }
 
     def compute_step(self, asked: Asked) -> StepOutput:
-        """One gather per table over both batches, then block margins; see the class docstring."""
+        """Block margins, see the class docstring, from one gather a table over both batches."""
         gather = Gather(asked.ranking, asked.distillation)
-        ranking_rows: list[tuple[Tensor, Tensor, Tensor]] = []  # the ranking batch's rows, block by block
-        ranked: dict[str | None, Tensor] = {}  # margins of the ranking batch, block by block
-        distilled: dict[str | None, Tensor] = {}  # of the distillation batch
-        for block in (None, *self.modalities):
-            users = gather.of_users(self.user_embedding if block is None else self.preference[block])
-            items, difference = gather.of_items(self.item_embedding) if block is None else self._projected(block, gather)
-            rows = gather.rows(users, items, difference)
-            ranking_rows.append(rows[:3])
-            ranked[block] = rows.ranking_margin()
-            if asked.distillation is not None:
-                distilled[block] = rows.distillation_margin()
+        blocks: dict[str | None, tuple[Tensor, Tensor, ItemRows | None]] = {None: (self.user_embedding, self.item_embedding, None)}
+        blocks.update({m: (self.preference[m], *self._projected(m, gather)) for m in self.modalities})
+        done = {block: block_margins(users, items, gather, at) for block, (users, items, at) in blocks.items()}
 
-        def of_view(view: View, blocks: dict[str | None, Tensor]) -> Tensor:
-            return sum((blocks[m] for m in self.modalities if m in view), blocks[None])
+        def of_view(view: View, margins: Mapping[str | None, Tensor]) -> Tensor:
+            return sum((margins[m] for m in self.modalities if m in view), margins[None])
 
-        output = StepOutput({}, {}, {})
-        for view in asked.ranking_views:
-            output.ranking[view] = of_view(view, ranked)
-        for view in asked.distillation_views:
-            output.distillation[view] = of_view(view, distilled)
-        user, first, second = (torch.cat(part, dim=1) for part in zip(*ranking_rows, strict=True))
-        output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[self.joint], user, first, second))
-        return output
+        def joint_rows() -> list[Tensor]:
+            rows = []
+            for users, items, at in blocks.values():
+                of_items = gather_rows(items, gather.items if at is None else at.items)[0]
+                rows.append((gather.of_users(users)[: len(asked.ranking)], *of_items.split(len(asked.ranking))))
+            return [torch.cat(part, dim=1) for part in zip(*rows, strict=True)]
 
-    def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, Tensor | None]:
-        """As ``gather.of_items`` of the projected features, of which only the rows that are asked for are computed."""
+        ranked = {block: one.ranking for block, one in done.items()}
+        distilled = {block: one.distillation for block, one in done.items() if one.distillation is not None}
+        margins = {view: of_view(view, ranked) for view in asked.ranking_views}
+        squares = torch.stack([one.squares for one in done.values()]).sum()
+        batch = RankingBatch(asked.ranking, margins[self.joint], joint_rows, squares=squares)
+        return StepOutput(self.losses(batch), margins, {view: of_view(view, distilled) for view in asked.distillation_views})
+
+    def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, ItemRows | None]:
+        """The projected features of all items, or of those that are asked for where that is faster."""
         features, linear = self.features(modality), self.projection[modality]
-        pairs = gather.pairs or ()
-        n = len(gather.items) + sum(map(len, pairs))
+        n = len(gather.items) + sum(map(len, gather.pairs or ()))
         if pays(features, n):
             asked = gather.distinct_items(self.n_items)
-            return gather_rows(project_rows(features, asked.rows, linear), asked.items, asked.pairs)
+            return project_rows(features, asked.rows, linear), asked
         if n >= self.n_items:
-            return gather.of_items(project(features, linear))
-        rows = project(F.embedding(torch.cat([gather.items, *pairs]), features), linear)
-        ranking, *others = rows.split([len(gather.items), *map(len, pairs)])
-        return ranking, others[0] - others[1] if others else None
+            return project(features, linear), None
+        asked = gather.all_items()
+        return project(F.embedding(asked.rows, features), linear), asked

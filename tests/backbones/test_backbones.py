@@ -139,7 +139,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_tables(build, n_modalitie
     margin = {view: margins(tables, ranking) for view, tables in done.tables.items()}
     users, items = done.tables[backbone.joint]
     rows = users[ranking.users], items[ranking.first], items[ranking.second]
-    terms = backbone.losses(RankingBatch(ranking, margin[backbone.joint], *rows, done.parts))
+    terms = backbone.losses(RankingBatch(ranking, margin[backbone.joint], rows, done.parts))
     assert output.loss_terms.keys() == terms.keys()
     for key, term in terms.items():
         assert term.shape == ()

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ckd_fed.backbones import gather as gather_module
 from ckd_fed.backbones.base import Triples
-from ckd_fed.backbones.gather import Gather, add_rows, compacted, differences, gather_rows, margin
+from ckd_fed.backbones.gather import Gather, add_rows, block_margins, compacted, differences, gather_rows, margin
 
 
 @pytest.fixture
@@ -85,3 +86,54 @@ def test_compacted_indices_are_positions_among_the_distinct_ones():
     assert rows.tolist() == [0, 2, 7, 8]
     assert one.tolist() == [2, 1, 2]
     assert two.tolist() == [[0, 1], [3, 0]]
+
+
+RANKING = Triples(torch.tensor([0, 2, 4]), torch.tensor([1, 1, 7]), torch.tensor([0, 3, 2]))
+DISTILLATION = Triples(torch.tensor([4, 4, 0, 1]), torch.tensor([6, 0, 1, 5]), torch.tensor([6, 5, 0, 1]))
+
+
+@pytest.fixture
+def block_tables(generator):
+    return [torch.randn(n, 4, dtype=torch.float64, generator=generator, requires_grad=True) for n in (5, 8)]
+
+
+def of_a_block(users, items, distillation, where):
+    """What a block adds, as a list: from tables of all items, or of the rows of those that are asked for."""
+    gather = Gather(RANKING, distillation)
+    at = {"all": None, "distinct": gather.distinct_items(len(items)), "as they come": gather.all_items()}[where]
+    found = block_margins(users, items if at is None else items[at.rows], gather, at)
+    assert (found.distillation is None) == (distillation is None)
+    return [part for part in found if part is not None]
+
+
+@pytest.mark.parametrize("where", ["all", "distinct", "as they come"])
+@pytest.mark.parametrize("distillation", [None, DISTILLATION], ids=["plain", "distilled"])
+def test_margins_of_a_block(block_tables, distillation, where):
+    users, items = block_tables
+    found = of_a_block(users, items, distillation, where)
+    scores = users @ items.T
+    batches = [RANKING] if distillation is None else [RANKING, distillation]
+    margins = [scores[batch.users, batch.first] - scores[batch.users, batch.second] for batch in batches]
+    rows = users[RANKING.users], items[RANKING.first], items[RANKING.second]
+    expected = [*margins, torch.stack([row.square().sum() for row in rows]).sum()]
+    torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradcheck(lambda *tables: of_a_block(*tables, distillation, where), block_tables)
+    for part, other in zip(found, expected, strict=True):  # each alone: the others then have no gradient
+        ours = torch.autograd.grad(part.sum(), block_tables, retain_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(other.sum(), block_tables, retain_graph=True))
+
+
+@pytest.mark.parametrize("distillation", [None, DISTILLATION], ids=["plain", "distilled"])
+def test_a_large_table_of_a_block_has_a_sparse_gradient(block_tables, monkeypatch, distillation):
+    def gradients():
+        return torch.autograd.grad(sum(part.sum() for part in of_a_block(*block_tables, distillation, "all")), block_tables)
+
+    dense = gradients()
+    monkeypatch.setattr(gather_module, "SPARSE_FROM", 0)
+    monkeypatch.setattr(gather_module, "SPARSE_ROWS", 0)
+    sparse = gradients()
+    asked = [RANKING] if distillation is None else [RANKING, distillation]
+    read = [torch.cat([b.users for b in asked]).unique(), torch.cat([part for b in asked for part in b[1:]]).unique()]
+    for ours, theirs, rows in zip(sparse, dense, read, strict=True):
+        assert torch.equal(ours.coalesce().indices()[0], rows)
+        torch.testing.assert_close(ours.to_dense(), theirs)
