@@ -96,7 +96,8 @@ def distil(request: Request, node: Node) -> Answer:
     """Train a student worker's share of a stretch of epochs on the teachers' margins, from the weights that the server sends.
 
     A lone student validates and stops early by itself, from the state of early stopping that comes with the request; its answer holds a
-    row for each validation, its weights, and those of a best validation that is not the last.
+    row for each validation, its weights, and those of a best validation that is not the last. One of several validates, for a share of the
+    users, the weights that it is sent: they are what all of them came to in the round before.
     """
     run, role, number = request.stamp.run, request.stamp.role, request.stamp.round
     share = int(request.values["worker"]), int(request.values["workers"])
@@ -121,6 +122,10 @@ def distil(request: Request, node: Node) -> Answer:
         return {m: sheet[(epoch - first) * per_epoch : (epoch - first + 1) * per_epoch] for m, sheet in sheets.items()}
 
     metrics: dict[str, Any]
+    before: dict[str, Any] = {}  # the validation of these weights
+    counted: dict[str, int] = {}
+    if request.values["evaluate"]:
+        counted, before = _validation(model.trainer, share)
     if request.values["validate"]:
         best, waited = float(request.values["best"]), int(request.values["waited"])
         model.stopping = EarlyStopping(request.config.training.patience, best, int(request.values["best-epoch"]), waited)
@@ -132,9 +137,9 @@ def distil(request: Request, node: Node) -> Answer:
         for epoch in range(first, last):
             rows.append(model.trainer.train_epoch(epoch, part(epoch) if sheets else None, steps[epoch]))
             model.epoch += 1
-        metrics = dict(mean_values(rows))
+        metrics = {**mean_values(rows), **before}
     samples = (model.epoch - first) * per_epoch * request.config.training.batch_size
-    answer = {"samples": samples, "epoch": model.epoch, "fresh-optimizer": fresh}
+    answer = {"samples": samples, "epoch": model.epoch, "fresh-optimizer": fresh, **counted}
     ahead = state.get("epoch") != int(request.values["from-epoch"])  # done again: the state before this round is kept already
     node.save(run, role, model, keep_previous=not ahead, round=number, asked=asked, answer=answer, metrics=metrics)
     return answer, metrics, _student(model)
@@ -153,12 +158,17 @@ def evaluate(request: Request, node: Node) -> Answer:
     model.trainer.restore(to_tensors(request.arrays, "weights/"))
     node.keep(request.stamp.run, request.stamp.role, model, state)
     if request.values["split"] == "val":
-        metrics = model.trainer.diagnose(model.trainer.validation, (worker, workers))
-        return {"n-users": metrics.n_users}, {f"sum/{name}": total for name, total in metrics.sums.items()}, {}
+        return *_validation(model.trainer, (worker, workers)), {}
     tested = _test(request, model.trainer, "student", (worker, workers))
     values, arrays = _by_user(request, tested)
     sums = {f"sum/{name}": total for name, total in tested.metrics.sums.items()}
     return {"n-users": tested.metrics.n_users, **values}, {**sums, **tested.chosen}, arrays
+
+
+def _validation(trainer: Trainer, share: tuple[int, int]) -> tuple[dict[str, int], dict[str, float]]:
+    """A share of the users validated: how many they are, and sums over them."""
+    metrics = trainer.diagnose(trainer.validation, share)
+    return {"n-users": metrics.n_users}, {f"sum/{name}": total for name, total in metrics.sums.items()}
 
 
 def _test(request: Request, trainer: Trainer, name: str, share: tuple[int, int]) -> Tested:

@@ -17,7 +17,7 @@ from ckd_fed.training.early_stopping import EarlyStopping
 from server.reweighting import RoundState
 
 FILE = "state.safetensors"
-_VERSION = 3
+_VERSION = 4
 TEACHERS, DISTILLATION, FINISHED = "teachers", "distillation", "finished"
 
 
@@ -67,6 +67,7 @@ class RunState:
         last, best: the student's parameters; empty before its first round.
         tested: model -> its test by users and groups.
         stretch: validations that a round is to hold.
+        awaited: the row of several workers' last round and its number, ``round``, whose validation comes with the next.
     """
 
     run: str
@@ -90,6 +91,7 @@ class RunState:
     best: dict[str, np.ndarray] = field(default_factory=dict)
     tested: dict[str, UserTest] = field(default_factory=dict)
     stretch: int = 1
+    awaited: dict[str, float] | None = None
 
 
 def save_state(directory: Path, state: RunState) -> None:

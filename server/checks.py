@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,6 +168,7 @@ class WorkerReport:
         epoch: where it is now.
         samples: behind its means.
         fresh: its optimiser had to start anew.
+        evaluation: its share of the validation of the parameters that it was sent, where that was asked for.
     """
 
     weights: dict[str, np.ndarray]
@@ -176,6 +177,7 @@ class WorkerReport:
     epoch: int
     samples: int
     fresh: bool
+    evaluation: Sums | None = None
 
 
 def check_worker(
@@ -190,6 +192,7 @@ def check_worker(
     like: Mapping[str, np.ndarray] | None,
     stopping: EarlyStopping | None = None,
     whole: bool = True,
+    evaluation: Callable[[Reply], Sums] | None = None,
 ) -> WorkerReport:
     """A student worker's round.
 
@@ -205,6 +208,7 @@ def check_worker(
         stopping: early stopping as it was before the round, of a lone student, which goes by it; None for several workers.
         whole: every item has every modality. Otherwise a modality's mean weight is over the samples that have it, and all that the
             weights say is that each lies where a weight can.
+        evaluation: check of the validation that was asked for along with it; None for none.
 
     Raises:
         ReplyError: other epochs or another share, parameters or metrics that are not those of the student, validations that early stopping
@@ -212,7 +216,8 @@ def check_worker(
     """
     epoch, samples = reply.integer("epoch"), reply.integer("samples", 1)
     if stopping is None:
-        rows, end, gained = [reply.numbers(required)], before + epochs, 0
+        rows = [{name: value for name, value in reply.numbers(required).items() if not name.startswith("sum/")}]
+        end, gained = before + epochs, 0
     else:
         rows = reply.rows([*required, "epoch", "gain"])
         end, gained = _replayed(reply, config, rows, before, before + epochs, replace(stopping))
@@ -223,7 +228,8 @@ def check_worker(
     for row in rows:
         _check_effects(reply, row, taught, whole)
     best = reply.weights(like, "best/") if gained and gained != epoch else None
-    return WorkerReport(reply.weights(like), best, rows, epoch, samples, reply.flag("fresh-optimizer"))
+    evaluated = evaluation(reply) if evaluation else None
+    return WorkerReport(reply.weights(like), best, rows, epoch, samples, reply.flag("fresh-optimizer"), evaluated)
 
 
 def _replayed(reply: Reply, config: Config, rows: Sequence[Mapping[str, float]], before: int, last: int, stopping: EarlyStopping) -> tuple[int, int]:
@@ -265,11 +271,11 @@ class Sums:
     by_user: UserTest | None = None
 
 
-def check_evaluation(reply: Reply, config: Config, required: Sequence[str], users: int, *, test: bool) -> Sums:
-    """A worker's share of an evaluation; each of its sums is at most its number of users."""
+def check_evaluation(reply: Reply, config: Config, required: Sequence[str], users: int, *, test: bool = False) -> Sums:
+    """A worker's share of an evaluation, beside other metrics or alone; each of its sums is at most its number of users."""
     n = reply.integer("n-users")
     numbers, readout = split_readout(reply.numbers([f"sum/{name}" for name in required]))
-    sums = {name.removeprefix("sum/"): value for name, value in numbers.items()}
+    sums = {name.removeprefix("sum/"): value for name, value in numbers.items() if name.startswith("sum/")}
     for name, value in sums.items():
         if not 0 <= value <= n * (1 + 1e-9):
             raise ReplyError(f"{reply.stamp}: {name} sums to {value!r} over {n} users, a share between 0 and 1 is needed for each")

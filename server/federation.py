@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -164,15 +165,20 @@ class Federation:
             planned = len(validations_due(config.training.validate_every, config.training.epochs, state.epoch, state.epoch + epochs))
             ahead = self._score_asks(state.epoch + epochs, following, state.number + 1 + max(1, planned))
             done = self._ask([*self._distil_asks(epochs, sheets), *ahead])
-            (rows, best), rounds = self._take_stretch(done, taught, epochs), [first, done]
-            if state.workers > 1 and planned:
-                evaluated, metrics = self._evaluate(state.last, "val")
-                rows[0].update(metrics)
-                rounds.append(evaluated)
-            self._record_stretch(rows if planned else [], best, time.monotonic() - started, rounds)
+            self.reweighting.modalities = tuple(self._weighed(taught))
+            seconds, rounds = time.monotonic() - started, [first, done]
+            if state.workers == 1:
+                self._take_stretch(done, seconds, rounds)
+            else:
+                self._take_workers(done, epochs, bool(planned), seconds, rounds)
             self.checkpoint()
             sheets = self._agreed(done, state.epoch, following, state.number + 1) if ahead and self.teachers and not state.stopping.stop else {}
             epochs = following
+        if state.awaited:  # the last epoch is over, so there is no round to validate with
+            started = time.monotonic()
+            done, metrics = self._evaluate(state.last, "val")
+            self._record_awaited(metrics, self._add(time.monotonic() - started, done))
+            self.checkpoint()
         done, tested = self._evaluate(state.best, "test")
         test, readout = split_readout({name.removeprefix("val/"): value for name, value in tested.items()})
         state.outcomes["student"] = Outcome(state.stopping.best_epoch, state.epoch, state.stopping.best, test, readout)
@@ -182,19 +188,13 @@ class Federation:
             self.record.users(user_table(self.plan.card.split, state.tested))
         self.record.groups([row for by_user in state.tested.values() for row in by_user.groups])
 
-    def _take_stretch(self, done: Round, taught: Sequence[str], epochs: int) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-        """Take in what the students trained: a row for each validation of a lone student, or one of several workers' means; and the
-        parameters of the last gain, should there be one."""
+    def _take_stretch(self, done: Round, seconds: float, rounds: Sequence[Round]) -> None:
+        """Take in what a lone student trained: a row for each of its validations, and the parameters of the last gain, should there be one."""
         state = self.state
-        self.reweighting.modalities = tuple(self._weighed(taught))
-        if state.workers > 1:
-            rows = [{**self._take_workers(done), "epoch": float(state.epoch + epochs)}]
-            state.epoch += epochs
-            return rows, state.last
         report: WorkerReport = done.value("distil", "student/0")
         self._say_fresh(0, report)
         state.last, state.epoch = report.weights, report.epoch
-        return report.rows, state.last if report.best is None else report.best
+        self._record_stretch(report.rows, state.last if report.best is None else report.best, seconds, rounds)
 
     def _record_stretch(self, rows: Sequence[dict[str, float]], best: dict[str, np.ndarray], seconds: float, rounds: Sequence[Round]) -> None:
         """A round for each validation, time and bytes dealt out among them by the seconds that each took to train."""
@@ -204,21 +204,22 @@ class Federation:
         for row, part in zip(rows, took, strict=True):
             state.number += 1
             part = part / sum(took) if sum(took) else 1 / len(took)
-            if state.workers == 1:
-                row.update(self.reweighting.merge(state.number, [row], [1]))
+            row.update(self.reweighting.merge(state.number, [row], [1]))
             gain = state.stopping.update(row[f"val/{METRIC}"], int(row["epoch"]))
             gained = gained or gain
             row.update(gain=float(gain), seconds=seconds * part, **{name: value * part for name, value in traffic.items()})
             self.record.distillation_round(state.number, self._against_teachers(row), self.plan.modalities)
         if not rows:
-            state.number += 1
-            self.record.write(f"round {state.number}: epoch {state.epoch}, {seconds:.1f} s; the next validation is yet to come")
+            self._say_unvalidated(seconds)
         if gained:
             state.best = best
             self.record.checkpoint("best", state.best, epoch=state.stopping.best_epoch, round=state.number)
         self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
-        if state.workers == 1:
-            state.stretch = grown(self.config, state.stretch, len(rows), traffic["seconds/messaging"], seconds)
+        state.stretch = grown(self.config, state.stretch, len(rows), traffic["seconds/messaging"], seconds)
+
+    def _say_unvalidated(self, seconds: float) -> None:
+        self.state.number += 1
+        self.record.write(f"round {self.state.number}: epoch {self.state.epoch}, {seconds:.1f} s; the next validation is yet to come")
 
     def _stretch(self, epoch: int) -> int:
         """Epochs of the round that starts at an epoch. Several workers are averaged after each, so there it would change the result."""
@@ -270,6 +271,7 @@ class Federation:
                 "workers": state.workers,
                 "hashes": json.dumps({m: taken.hashes[worker] for m, taken in sheets.items()}),
                 "validate": state.workers == 1,
+                "evaluate": state.awaited is not None,
                 "best": state.stopping.best,
                 "best-epoch": state.stopping.best_epoch,
                 "waited": state.stopping.waited,
@@ -285,13 +287,60 @@ class Federation:
                 like=state.last or None,
                 stopping=replace(state.stopping) if state.workers == 1 else None,
                 whole=self.plan.whole and not self.config.data.hidden_shares,
+                evaluation=partial(check_evaluation, **self._evaluation) if state.awaited else None,
             )
             asks.append(Ask(state.number + 1, "distil", f"student/{worker}", arrays, values, check))
         return asks
 
-    def _take_workers(self, done: Round) -> dict[str, float]:
+    def _take_workers(self, done: Round, epochs: int, due: bool, seconds: float, rounds: Sequence[Round]) -> None:
+        """Take in a round of several workers: first the validation of what they started from, which ends the round before; then, unless it ends
+        training, what they trained.
+
+        Their mean is validated by the next round, which carries it anyhow: a request of its own would cost as much messaging again.
+
+        Args:
+            done: the round.
+            epochs: that it held.
+            due: whether a validation is due after it.
+            seconds, rounds: that it took, and what it was made of.
+        """
+        state = self.state
+        reports: list[WorkerReport] = [done.value("distil", f"student/{worker}") for worker in range(state.workers)]
+        traffic = self._add(seconds, *rounds)
+        if state.awaited:
+            metrics = RankingMetrics(self.config.ks)
+            for report in reports:
+                if report.evaluation:
+                    metrics.merge(report.evaluation.sums, report.evaluation.n_users)
+            self._record_awaited(_named(metrics), {})
+        if state.stopping.stop:
+            return
+        row = {**self._merged(reports), "seconds": seconds, **traffic}
+        state.epoch += epochs
+        if due:
+            state.number += 1
+            state.awaited = {**row, "epoch": float(state.epoch), "round": float(state.number)}
+        else:
+            self._say_unvalidated(seconds)
+        self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
+
+    def _record_awaited(self, metrics: Mapping[str, float], traffic: Mapping[str, float]) -> None:
+        """The validation that a round of several workers was still to have, of the parameters that it ended with."""
+        state, row = self.state, dict(self.state.awaited or {})
+        number = int(row.pop("round"))
+        for name, value in traffic.items():
+            row[name] = row.get(name, 0.0) + value
+        row.update(metrics)
+        gain = state.stopping.update(row[f"val/{METRIC}"], int(row["epoch"]))
+        row["gain"] = float(gain)
+        self.record.distillation_round(number, self._against_teachers(row), self.plan.modalities)
+        if gain:
+            state.best = state.last
+            self.record.checkpoint("best", state.best, epoch=state.stopping.best_epoch, round=number)
+        state.awaited = None
+
+    def _merged(self, reports: Sequence[WorkerReport]) -> dict[str, float]:
         """Merge the workers' rounds: parameters averaged by samples, effects and weights of the modalities merged."""
-        reports: list[WorkerReport] = [done.value("distil", f"student/{worker}") for worker in range(self.state.workers)]
         for worker, report in enumerate(reports):
             self._say_fresh(worker, report)
             if {name: array.shape for name, array in report.weights.items()} != {name: array.shape for name, array in reports[0].weights.items()}:
@@ -316,8 +365,7 @@ class Federation:
         """
         workers = self.state.workers
         arrays = {f"weights/{name}": array for name, array in weights.items()}
-        required = [*metric_keys(self.config.ks), *(f"only/{m}/{METRIC}" for m in self._weighed(self.plan.modalities))]
-        check = partial(check_evaluation, config=self.config, required=required, users=self.plan.card.n_users, test=split == "test")
+        check = partial(check_evaluation, **self._evaluation, test=split == "test")
         asks = [
             Ask(self.state.number, "evaluate", f"student/{worker}", arrays, {"split": split, "worker": worker, "workers": workers}, check)
             for worker in range(workers)
@@ -328,7 +376,13 @@ class Federation:
             taken = done.value("evaluate", ask.role)
             metrics.merge(taken.sums, taken.n_users)
             readout.update(taken.readout)
-        return done, {name if "/" in name else f"val/{name}": value for name, value in metrics.compute().items()} | readout
+        return done, _named(metrics) | readout
+
+    @property
+    def _evaluation(self) -> dict[str, Any]:
+        """What a worker's share of an evaluation is checked against."""
+        required = [*metric_keys(self.config.ks), *(f"only/{m}/{METRIC}" for m in self._weighed(self.plan.modalities))]
+        return {"config": self.config, "required": required, "users": self.plan.card.n_users}
 
     def _against_teachers(self, values: dict[str, float]) -> dict[str, float]:
         for m in self.teachers:
@@ -383,6 +437,11 @@ class Federation:
         values.update({f"bytes/margins/{m}": float(n) for m, n in margins.items()})
         values.update({f"seconds/{action}/{role}": round(answer.busy, 3) for done in rounds for (action, role), answer in done.answers.items()})
         return values
+
+
+def _named(metrics: RankingMetrics) -> dict[str, float]:
+    """Means over users, those of the joint view as ``val/<metric>``."""
+    return {name if "/" in name else f"val/{name}": value for name, value in metrics.compute().items()}
 
 
 def _n_bytes(done: Round) -> int:

@@ -7,11 +7,14 @@ import pytest
 
 from ckd_fed.analysis.users import load_users
 from ckd_fed.backbones import BACKBONES
-from ckd_fed.checkpoint import load_checkpoint
+from ckd_fed.checkpoint import load_checkpoint, to_tensors
 from ckd_fed.config import resolve
+from ckd_fed.data.dataset import load_dataset
 from ckd_fed.evaluation import tested
 from ckd_fed.tracking.record import read_rows
+from ckd_fed.training.build import build_trainer
 from ckd_fed.training.central import train
+from ckd_fed.wire import unpack_array
 from clients import node as client_node
 
 SMALL = {
@@ -273,6 +276,51 @@ def test_several_students_are_averaged_as_often_whatever_messages_take(toy, fede
     _, grid, _ = federate({**SMALL, "federation.student-workers": 2, "federation.messaging-share": 0}, nodes=nodes)
     asked = [message.content["request"]["epochs"] for message, _ in grid.seen if message.metadata.message_type == "train.distil"]
     assert asked == [5] * 6
+
+
+def rows_of(home, run):
+    rows = [row for row in read_rows(home / "runs" / run / "metrics.jsonl") if row.get("phase") == "distillation"]
+    return [{name: value for name, value in row.items() if not name.startswith(("seconds", "bytes", "time"))} for row in rows]
+
+
+def test_what_several_students_came_to_is_validated_by_their_next_round(toy, federate):
+    """No request of its own but for the last epoch's; and it is of the mean that they start from, over all users."""
+    nodes = [{"partition-id": i, "num-partitions": 4} for i in range(4)]
+    result, grid, federation = federate({**SMALL, "federation.student-workers": 2}, nodes=nodes)
+    kinds = [message.metadata.message_type.partition(".")[2] for message, _ in grid.seen]
+    assert (kinds.count("distil"), kinds.count("evaluate")) == (6, 4)  # two students: three rounds, the last validation and the test
+    rows = rows_of(toy, "fed")
+    assert [(row["epoch"], row["round"]) for row in rows] == [(5, 3), (10, 4), (15, 5)]
+    assert federation.state.awaited is None
+    dataset = load_dataset(toy / "data" / "toy", modalities=("image", "text"))
+    trainer = build_trainer(federation.config, dataset, "student", distilled=True)
+    sent = [message.content for message, _ in grid.seen if message.metadata.message_type == "train.distil"]
+    assert [content["request"]["evaluate"] for content in sent] == [False, False, True, True, True, True]
+    ended_with = [to_tensors({name: unpack_array(array) for name, array in content["arrays"].items()}, "weights/") for content in sent[2::2]]
+    ended_with.append(to_tensors(parameters(toy, "fed"), ""))
+    for row, weights in zip(rows, ended_with, strict=True):
+        trainer.restore(weights)
+        expected = trainer.diagnose(dataset.val).compute()
+        assert {name.removeprefix("val/"): row[name] for name in row if "@" in name and name.startswith(("val/", "only/"))} == pytest.approx(expected)
+    assert result.outcomes["student"].validation == max(row["val/recall@20"] for row in rows)
+
+
+def test_several_students_that_stop_early_end_with_what_they_were_validated_with(toy, federate):
+    """The round that told them to stop trained on; nothing of that is left."""
+    nodes = [{"partition-id": i, "num-partitions": 4} for i in range(4)]
+    eager = {**SMALL, "federation.student-workers": 2, "training.patience": 1, "training.validate-every": 2, "training.learning-rate": 0.05}
+    result, grid, federation = federate({**eager, "training.epochs": 200}, run="stopped", nodes=nodes)
+    epochs = result.outcomes["student"].epochs
+    assert federation.state.stopping.stop
+    assert epochs < 100
+    asked = [message.content["request"]["from-epoch"] for message, _ in grid.seen if message.metadata.message_type == "train.distil"]
+    assert asked[-1] == epochs  # one round more than counts
+    assert [message.metadata.message_type for message, _ in grid.seen].count("query.evaluate") == 2  # the test
+    other, _, _ = federate({**eager, "training.epochs": epochs}, run="to its end", nodes=nodes)
+    assert rows_of(toy, "stopped") == rows_of(toy, "to its end")
+    assert other.outcomes["student"] == result.outcomes["student"]
+    for name in ("last", "best"):
+        assert largest_difference(parameters(toy, "stopped", name), parameters(toy, "to its end", name)) == 0
 
 
 def test_scores_of_the_next_stretch_are_asked_for_while_this_one_trains(toy, federate):
