@@ -94,6 +94,8 @@ def check_users(reply: Reply, config: Config, model: str, users: int, means: Map
         groups = [_group(row, model) for row in json.loads(reply.text("groups"))]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ReplyError(f"{reply.stamp}: its groups of users and items cannot be read: {error}") from None
+    if n and {group["kind"] for group in groups} != {"users", "items"}:
+        raise ReplyError(f"{reply.stamp}: its {len(groups)} groups of {n} users' test are not of users and of items")
     if not config.evaluation.user_table:
         return UserTest(np.empty(0, dtype=np.int32), {}, groups)
     ids = reply.array("users", (n,), np.dtype("<i4"), users - 1)

@@ -193,6 +193,9 @@ def lie_array(message: Message, rng: Random) -> Message | None:
 
     def poisoned(value: float) -> np.ndarray:
         changed = values.copy()
+        if changed.dtype.kind == "i":  # ids of users have no NaN
+            limits = np.iinfo(changed.dtype)
+            value = limits.max if value > 0 else limits.min
         changed.flat[int(rng.integers(changed.size))] = value
         return changed
 

@@ -132,6 +132,7 @@ def test_answers_to_something_else(action, change, mention, refused):
         ("test", array("user/recall@20", lambda a: 1 - a), "have the mean"),
         ("test", array("user/ndcg@10", lambda a: a[:-1]), "is needed"),
         ("test", edit("reply", groups="[1]"), "groups of users"),
+        ("test", edit("reply", groups="[]"), "not of users and of items"),
         ("test", edit("reply", groups='[{"model": "teacher/text", "kind": "users", "group": "<b>", "n": 1, "recall@20": 0.5}]'), "none of teacher"),
         ("test", edit("reply", groups='[{"model": "student", "kind": "users", "group": "1 items", "n": 1, "recall@20": 0.5}]'), "none of teacher"),
         ("fit", edit("reply", epoch=0), "epoch"),
