@@ -24,6 +24,7 @@ from server.checkpoints import DISTILLATION, FINISHED, TEACHERS, Learner, RunSta
 from server.checks import (
     FitReport,
     Sheets,
+    Sums,
     WorkerReport,
     check_evaluation,
     check_fit,
@@ -177,7 +178,8 @@ class Federation:
         if state.awaited:  # the last epoch is over, so there is no round to validate with
             started = time.monotonic()
             done, metrics = self._evaluate(state.last, "val")
-            self._record_awaited(metrics, self._add(time.monotonic() - started, done))
+            seconds = time.monotonic() - started
+            self._record_awaited(metrics, {"seconds": seconds, **self._add(seconds, done)})
             self.checkpoint()
         done, tested = self._evaluate(state.best, "test")
         test, readout = split_readout({name.removeprefix("val/"): value for name, value in tested.items()})
@@ -308,11 +310,7 @@ class Federation:
         reports: list[WorkerReport] = [done.value("distil", f"student/{worker}") for worker in range(state.workers)]
         traffic = self._add(seconds, *rounds)
         if state.awaited:
-            metrics = RankingMetrics(self.config.ks)
-            for report in reports:
-                if report.evaluation:
-                    metrics.merge(report.evaluation.sums, report.evaluation.n_users)
-            self._record_awaited(_named(metrics), {})
+            self._record_awaited(self._means(report.evaluation for report in reports if report.evaluation), {})
         if state.stopping.stop:
             return
         row = {**self._merged(reports), "seconds": seconds, **traffic}
@@ -325,7 +323,8 @@ class Federation:
         self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
 
     def _record_awaited(self, metrics: Mapping[str, float], traffic: Mapping[str, float]) -> None:
-        """The validation that a round of several workers was still to have, of the parameters that it ended with."""
+        """The validation that a round of several workers was still to have, of the parameters that it ended with; ``traffic`` is what it took by
+        itself."""
         state, row = self.state, dict(self.state.awaited or {})
         number = int(row.pop("round"))
         for name, value in traffic.items():
@@ -371,12 +370,15 @@ class Federation:
             for worker in range(workers)
         ]
         done = self._ask(asks)
-        metrics, readout = RankingMetrics(self.config.ks), {}
-        for ask in asks:
-            taken = done.value("evaluate", ask.role)
-            metrics.merge(taken.sums, taken.n_users)
-            readout.update(taken.readout)
-        return done, _named(metrics) | readout
+        shares: list[Sums] = [done.value("evaluate", ask.role) for ask in asks]
+        return done, self._means(shares) | {name: value for share in shares for name, value in share.readout.items()}
+
+    def _means(self, shares: Iterable[Sums]) -> dict[str, float]:
+        """Means over the users of all workers' shares, those of the joint view as ``val/<metric>``."""
+        metrics = RankingMetrics(self.config.ks)
+        for share in shares:
+            metrics.merge(share.sums, share.n_users)
+        return {name if "/" in name else f"val/{name}": value for name, value in metrics.compute().items()}
 
     @property
     def _evaluation(self) -> dict[str, Any]:
@@ -437,11 +439,6 @@ class Federation:
         values.update({f"bytes/margins/{m}": float(n) for m, n in margins.items()})
         values.update({f"seconds/{action}/{role}": round(answer.busy, 3) for done in rounds for (action, role), answer in done.answers.items()})
         return values
-
-
-def _named(metrics: RankingMetrics) -> dict[str, float]:
-    """Means over users, those of the joint view as ``val/<metric>``."""
-    return {name if "/" in name else f"val/{name}": value for name, value in metrics.compute().items()}
 
 
 def _n_bytes(done: Round) -> int:

@@ -292,6 +292,8 @@ def test_what_several_students_came_to_is_validated_by_their_next_round(toy, fed
     rows = rows_of(toy, "fed")
     assert [(row["epoch"], row["round"]) for row in rows] == [(5, 3), (10, 4), (15, 5)]
     assert federation.state.awaited is None
+    took = [row["seconds"] for row in read_rows(toy / "runs" / "fed" / "metrics.jsonl") if row.get("phase") == "distillation"]
+    assert sum(took) <= federation.state.totals.seconds
     dataset = load_dataset(toy / "data" / "toy", modalities=("image", "text"))
     trainer = build_trainer(federation.config, dataset, "student", distilled=True)
     sent = [message.content for message, _ in grid.seen if message.metadata.message_type == "train.distil"]
