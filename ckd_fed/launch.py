@@ -57,6 +57,7 @@ def flower_run(
     """
     environment = {**os.environ, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     environment.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    environment.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1")  # a second otherwise, before the ServerApp is started
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with _orderly_end(), _superlink(connection, environment, write):
         _run(app, connection, overrides, environment, follow)

@@ -39,7 +39,9 @@ from server.exchange import Ask, Exchange
 from server.recovery import Recovery, Round
 from server.reweighting import Reweighting, average_weights, weighted_mean
 from server.roster import Roster
-from server.stretch import grown, sheet_bytes, stretch_epochs
+from server.stretch import advice, grown, sheet_bytes, stretch_epochs
+
+_ADVISED = 3  # the round of several students after which their length is judged: the first ones wait for disks and caches to warm up
 
 
 class Federation:
@@ -321,6 +323,9 @@ class Federation:
         else:
             self._say_unvalidated(seconds)
         self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
+        said = advice(self.config, state.workers, epochs, traffic["seconds/messaging"], seconds)
+        if said and state.epoch // epochs == _ADVISED:
+            self.record.write(said)
 
     def _record_awaited(self, metrics: Mapping[str, float], traffic: Mapping[str, float]) -> None:
         """The validation that a round of several workers was still to have, of the parameters that it ended with; ``traffic`` is what it took by

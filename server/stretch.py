@@ -1,4 +1,4 @@
-"""How many epochs a distillation round holds."""
+"""How many epochs a distillation round holds, and what would be a better number where that is the user's choice."""
 
 from __future__ import annotations
 
@@ -53,3 +53,30 @@ def grown(config: Config, validations: int, held: int, messaging: float, seconds
     work, wanted = (seconds - messaging) / held, messaging * (1 - share)  # wanted: what share times the work of a round should come to
     longest = max(LONGEST, int(LONGEST_SECONDS / work)) if work > 0 else LONGEST
     return max(validations, math.ceil(wanted / (share * work)) if share * work * longest > wanted else longest)
+
+
+def advice(config: Config, workers: int, epochs: int, messaging: float, seconds: float) -> str:
+    """What to say of the length of several students' rounds, which are not made longer by themselves; nothing where messaging keeps to its share.
+
+    Args:
+        config: of the run.
+        workers: how many students.
+        epochs: of a round.
+        messaging: seconds of it that no node worked.
+        seconds: that it took.
+    """
+    share = config.federation.messaging_share
+    if not 0 < share < 1 or messaging <= share * seconds:
+        return ""
+    every, work = config.training.validate_every, (seconds - messaging) / epochs
+    said = f"NOTE: messaging took {messaging:.0f} of the {seconds:.0f} s ({messaging / seconds:.0%}) of a round of {workers} students"
+    wanted = math.ceil(messaging * (1 - share) / (share * work)) if share * work * config.training.epochs > messaging * (1 - share) else 0
+    if epochs >= every and wanted:  # the rounds are as long as they are to be, and there is a length that would do
+        said += f", {share:.0%} is wanted (federation.messaging-share): set training.validate-every={wanted} instead of {every}"
+    elif epochs >= every:
+        said += f", more than {share:.0%} (federation.messaging-share) whatever their length"
+    else:
+        said += f", {share:.0%} is wanted (federation.messaging-share): raise federation.stretch-mb={config.federation.stretch_mb:g}"
+    if seconds / epochs > workers * work / (1 - share):
+        said += "; at this length a lone student, whose rounds grow by themselves, would be done sooner (federation.student-workers=1)"
+    return said

@@ -15,6 +15,7 @@ NODES=(teacher-image teacher-text student-0 student-1)
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 export FLWR_DISABLE_UPDATE_CHECK=1
 export FLWR_TELEMETRY_ENABLED=0
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1
 export FLWR_HOME="$CLUSTER/flwr-$SLURM_JOB_ID"
 
 # The SuperLink's host is known only now: certificate and scripts are made anew for it, keys and CA stay.

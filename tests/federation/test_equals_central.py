@@ -208,6 +208,15 @@ def test_two_student_workers_share_the_steps_and_are_averaged(toy, federate):
     assert 0 < result.outcomes["student"].test["recall@20"] <= 1
 
 
+def test_several_students_are_told_once_that_their_rounds_are_short(toy, federate):
+    nodes = [{"partition-id": i, "num-partitions": 4} for i in range(4)]
+    short = {**SMALL, "training.epochs": 10, "training.validate-every": 2}
+    for share, times in {1e-9: 1, 1: 0}.items():
+        lines = []
+        federate({**short, "federation.student-workers": 2, "federation.messaging-share": share}, run=f"{share}", nodes=nodes, write=lines.append)
+        assert sum("of a round of 2 students" in line for line in lines) == times
+
+
 def test_several_students_on_one_simulated_node_change_nothing(toy, federate):
     for run, nodes in {"apart": 4, "together": 1}.items():
         nodes = [{"partition-id": index, "num-partitions": nodes} for index in range(nodes)]

@@ -3,7 +3,7 @@
 import pytest
 
 from ckd_fed.config import resolve
-from server.stretch import LONGEST, LONGEST_SECONDS, grown, sheet_bytes, stretch_epochs
+from server.stretch import LONGEST, LONGEST_SECONDS, advice, grown, sheet_bytes, stretch_epochs
 
 
 def config(**given):
@@ -52,6 +52,23 @@ def test_a_round_as_long_as_it_grows_keeps_messaging_to_its_share(share):
         length = grown(wanted, 1, 1, messaging, messaging + 10.0)
         assert length == LONGEST or messaging <= share * (messaging + 10.0 * length) * (1 + 1e-9)
         assert length == 1 or messaging > share * (messaging + 10.0 * (length - 1))  # and no longer than that
+
+
+def test_several_students_are_told_how_long_their_rounds_should_be():
+    wanted = resolve({"dataset": "toy", "training.epochs": 1000, "training.validate-every": 5}, {})
+    assert advice(wanted, 2, epochs=5, messaging=1.0, seconds=10.0) == ""
+    assert advice(wanted, 2, epochs=5, messaging=3.0, seconds=13.0) == (  # 3 of 31 s with 14 epochs, 3 of 29 with 13
+        "NOTE: messaging took 3 of the 13 s (23%) of a round of 2 students, 10% is wanted (federation.messaging-share): "
+        "set training.validate-every=14 instead of 5"
+    )
+    said = advice(wanted, 2, epochs=5, messaging=15.0, seconds=25.0)  # 5 s an epoch, one student 2 * 2 / 0.9
+    assert "training.validate-every=68 " in said
+    assert said.endswith("a lone student, whose rounds grow by themselves, would be done sooner (federation.student-workers=1)")
+    assert "more than 10% (federation.messaging-share) whatever their length" in advice(wanted, 2, epochs=5, messaging=9.99, seconds=10.0)
+    assert "whatever their length" in advice(wanted, 2, epochs=5, messaging=10.0, seconds=10.0)
+    assert "raise federation.stretch-mb=64" in advice(wanted, 2, epochs=2, messaging=9.0, seconds=10.0)  # cut by its bytes
+    never = resolve({"dataset": "toy", "federation.messaging-share": 1}, {})
+    assert advice(never, 2, epochs=5, messaging=9.0, seconds=10.0) == ""
 
 
 def test_bytes_of_an_epoch_of_baby():
