@@ -35,9 +35,10 @@ from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, unknown
 
 NORMALISATIONS = ("sym", "rw")
-_SEARCH = "nearest-1"  # to be counted up when a search comes to find something else: graphs on disk are known by it
+_SEARCH = "nearest-2"  # to be counted up when a search comes to find something else: graphs on disk are known by it
 _TINY = 1e-12  # a row of a smaller norm counts as zeros
 _BLOCK = 2**22  # similarities in memory at once
+_ROWS = 256  # of a block at least: a product of a few rows and a large catalogue waits for memory, at 500,000 items three times as long
 _KEPT = 16  # frozen graphs that a process remembers
 _WORTH_A_FILE = 10**9  # multiply-adds of a search; fewer take some hundredths of a second, not much more than reading a file
 
@@ -122,21 +123,43 @@ def nearest(x: Tensor, k: int, present: Tensor | None = None) -> Neighbours:
     k = min(k, len(x))
     with torch.no_grad():
         everything = unit.detach()
-        rows = min(max(1, _BLOCK // max(1, len(x))), max(1, len(x)))
-        # All written in place: small results kept between large temporaries leave holes that nothing large fits into, and memory grew to
-        # that of all similarities.
-        similarity = everything.new_empty(rows, len(x))
-        weight, index = everything.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.long, device=x.device)
-        for start in range(0, len(x), rows):
-            block = everything[start : start + rows]
-            at = slice(start, start + len(block))
-            torch.topk(torch.mm(block, everything.T, out=similarity[: len(block)]), k, out=(weight[at], index[at]))
+        index, weight = _search(everything, k)
         empty = (x.detach().norm(dim=-1) < _TINY).unsqueeze(1)  # (n, 1)
         alone = F.one_hot(torch.zeros(1, dtype=torch.long, device=x.device), k).to(x.dtype)  # (1, k): itself once, then nothing
         index = torch.where(empty, torch.arange(len(x), device=x.device).unsqueeze(1), index)
     if x.requires_grad and torch.is_grad_enabled():
         weight = torch.einsum("nd,nkd->nk", unit, F.embedding(index, unit))
     return Neighbours(index, torch.where(empty, alone, weight))
+
+
+def _search(unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Numbers of each row's k nearest rows and their products, ``(n, k)`` each, most similar first.
+
+    Args:
+        unit: ``(n, dimension)``, rows of norm 1 or 0.
+        k: at most n.
+    """
+    n = len(unit)
+    rows = min(max(_ROWS, _BLOCK // max(1, n)), max(1, n))
+    columns = max(1, _BLOCK // rows)
+    # All written in place: small results kept between large temporaries leave holes that nothing large fits into, and memory grew to
+    # that of all similarities.
+    memory = unit.new_empty(rows * min(columns, n))
+    weight, index = unit.new_full((n, k), -torch.inf), torch.zeros(n, k, dtype=torch.long, device=unit.device)
+    for start in range(0, n, rows):
+        block = unit[start : start + rows]
+        at = slice(start, start + len(block))
+        for first in range(0, n, columns):
+            others = unit[first : first + columns]
+            similarity = torch.mm(block, others.T, out=memory[: len(block) * len(others)].view(len(block), len(others)))
+            if len(others) == n:
+                torch.topk(similarity, k, out=(weight[at], index[at]))
+                continue
+            found = similarity.topk(min(k, len(others)))
+            best = torch.cat([weight[at], found.values], dim=1).topk(k)
+            index[at] = torch.cat([index[at], found.indices + first], dim=1).gather(1, best.indices)
+            weight[at] = best.values
+    return index, weight
 
 
 def _among(graph: Neighbours, present: Tensor) -> Neighbours:

@@ -34,10 +34,11 @@ def sym_by_hand(s):
     return root[:, None] * s * root
 
 
-@pytest.mark.parametrize("block", [1, 5 * N, 10**6])
+@pytest.mark.parametrize(("block", "rows"), [(1, 1), (5 * N, 1), (10**6, 1), (10**6, 256), (7 * 4, 7), (20, 256)])
 @pytest.mark.parametrize("k", [1, 4, N])
-def test_nearest_is_the_published_one_whatever_the_blocks(monkeypatch, block, k):
+def test_nearest_is_the_published_one_whatever_the_blocks(monkeypatch, block, rows, k):
     monkeypatch.setattr(item_graph, "_BLOCK", block)
+    monkeypatch.setattr(item_graph, "_ROWS", rows)
     x = draw(N, 5)
     graph = nearest(x, k)
     assert graph.index.shape == graph.weight.shape == (N, k)
