@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import Gather, gather_rows
+from ckd_fed.backbones.gather import Gather, compacted, gather_rows
 from ckd_fed.backbones.graph import Propagation, row_normalised_adjacency
 from ckd_fed.backbones.projection import project
 from ckd_fed.data.interactions import Interactions
@@ -57,23 +57,51 @@ class Branch(nn.Module):
         h = F.leaky_relu_(propagate(self.conv[number](x).view(len(x) // variants, -1))).view(x.shape)
         return self.gate[number](h).add_(F.leaky_relu_(self.linear[number](x)))
 
-    def forward(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module, wanted: Tensor | None = None) -> Tensor:
         """The layers after the first, for several variants at once.
 
         Args:
             x: what the first layer gave, ``(n_users + n_items, variants, d)``.
             id_embedding: ``(n_users + n_items, d)``.
             propagate: multiplication by A-hat.
+            wanted: nodes whose rows are asked for, ``(k,)`` int64; None for all.
 
         Returns:
-            As x.
+            As x, or these rows of it, ``(k, variants, d)``.
         """
         n, variants, dim = x.shape
-        shared = id_embedding.unsqueeze(1).expand(-1, variants, -1).reshape(-1, dim)
+        shared = self._repeated(id_embedding, variants)
         x = x.reshape(-1, dim)
-        for number in range(1, self.LAYERS):
+        for number in range(1, self.LAYERS if wanted is None else self.LAYERS - 1):
             x = F.leaky_relu_(self.layer(number, x, propagate, variants).add_(shared))
-        return x.view(n, variants, dim)
+        if wanted is not None:
+            x = self._last_layer(x.view(n, -1), gather_rows(id_embedding, wanted)[0], propagate, wanted)
+        return x.view(-1, variants, dim)
+
+    def _last_layer(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module, wanted: Tensor) -> Tensor:
+        r"""As :meth:`layer` for some nodes, the ID embedding and phi included.
+
+        Rows of A-hat sum to one, so :math:`\hat A (C x + b) = C (\hat A x) + b`: only these nodes' rows take part in any dense product.
+
+        Args:
+            x: ``(n_users + n_items, variants * d)``.
+            id_embedding: of the nodes, ``(k, d)``.
+            propagate: multiplication by A-hat.
+            wanted: the nodes, ``(k,)``.
+
+        Returns:
+            ``(k * variants, d)``.
+        """
+        variants = x.shape[1] // id_embedding.shape[1]
+        around, own = (gather_rows(rows, wanted)[0].view(-1, id_embedding.shape[1]) for rows in (propagate(x), x))
+        conv, linear, gate = (maps[self.LAYERS - 1] for maps in (self.conv, self.linear, self.gate))
+        h = gate(F.leaky_relu_(conv(around))).add_(F.leaky_relu_(linear(own)))
+        return F.leaky_relu_(h.add_(self._repeated(id_embedding, variants)))
+
+    @staticmethod
+    def _repeated(rows: Tensor, variants: int) -> Tensor:
+        """Each row once for every variant, ``(n * variants, d)``."""
+        return rows.unsqueeze(1).expand(-1, variants, -1).reshape(-1, rows.shape[1])
 
 
 class MMGCN(Backbone):
@@ -123,19 +151,22 @@ class MMGCN(Backbone):
         for branch in self.branch.values():
             branch.reset_parameters()  # type: ignore[operator]
 
-    def branches(self, views: Sequence[View]) -> dict[str, tuple[list[bool], Tensor]]:
+    def branches(self, views: Sequence[View], wanted: Tensor | None = None) -> dict[str, tuple[list[bool], Tensor]]:
         """Every branch once, with its modality present, absent or both, as the views need.
 
+        Args:
+            views: what is asked for.
+            wanted: for which nodes, ``(k,)`` int64, users first; None for all.
+
         Returns:
-            Modality -> (states, outputs), outputs of shape ``(n_users + n_items, len(states), d)`` for the states in their order, True
-            being present.
+            Modality -> (states, outputs), outputs of shape ``(k, len(states), d)`` for the states in their order, True being present.
         """
         id_embedding = torch.cat([self.user_embedding, self.item_embedding])
         found = {}
         for modality in self.modalities:
             states = [state for state in (True, False) if any((modality in view) is state for view in views)]
             variants = torch.stack([self._first_layer(modality, state, id_embedding) for state in states], dim=1)
-            found[modality] = states, self.branch[modality](variants, id_embedding, self.propagate)
+            found[modality] = states, self.branch[modality](variants, id_embedding, self.propagate, wanted)
         return found
 
     def forward(self, views: Sequence[View]) -> Pass:
@@ -148,12 +179,17 @@ class MMGCN(Backbone):
         return Pass(tables)
 
     def compute_step(self, asked: Asked) -> StepOutput:
-        """As :meth:`Backbone.compute_step`, but the rows of the batches are gathered from the branches and averaged, rather than whole tables."""
+        """As :meth:`Backbone.compute_step`, but the rows of the batches are gathered from the branches and averaged, rather than whole tables,
+        and on a CPU the last layer is computed for these rows alone (which they are, a GPU would have to be waited for to know)."""
         gather = Gather(asked.ranking, asked.distillation)
         index = torch.cat([gather.users, gather.items + self.n_users])  # (B + K + 2B,)
         pairs = None if gather.pairs is None else (gather.pairs[0] + self.n_users, gather.pairs[1] + self.n_users)
+        wanted = None
+        if index.device.type == "cpu":
+            wanted, (index, *found) = compacted(self.n_users + self.n_items, [index, *(pairs or ())])
+            pairs = (found[0], found[1]) if found else None
         branches, differences = {}, {}
-        for m, (states, outputs) in self.branches(asked.views).items():
+        for m, (states, outputs) in self.branches(asked.views, wanted).items():
             rows, difference = gather_rows(outputs.flatten(1), index, pairs)
             branches[m] = states, rows.view(len(rows), len(states), -1)
             if difference is not None:
