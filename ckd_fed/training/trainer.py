@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -99,7 +98,7 @@ class Trainer:
         if (self.objective is None) != (sheets is None):
             raise ValueError("sheets of margins are needed exactly if there is a distillation objective")
         like = next(self.backbone.parameters())
-        means: dict[str, Mean] = {}
+        means = Means()
         self.backbone.train()
         self.backbone.start_epoch(epoch, self._generator(epoch))
         self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
@@ -114,11 +113,11 @@ class Trainer:
                 output.loss.backward()
                 self.balancing.step(self.backbone, self.optimizer)
                 self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
-                _accumulate(means, output, counterfactual=self.backbone.scores_use_features)
+                means.update(_numbers(output, counterfactual=self.backbone.scores_use_features))
         finally:
             self.optimizer.settle()
             self.optimizer.zero_grad()
-        values = {name: mean.compute(LOWEST if name.startswith("effect/") else 0.0) for name, mean in means.items()}
+        values = means.compute()
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
@@ -232,28 +231,35 @@ class Trainer:
         self.backbone.load_state_dict(dict(state))
 
 
-@dataclass
-class Mean:
-    """A weighted mean over steps, kept on the device and read once."""
+class Means:
+    """Weighted means over steps, kept on the device and read once. All numbers of a step are added up as one vector."""
 
-    total: Tensor | float = 0.0
-    weight: Tensor | float = 0.0
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], tuple[Tensor, Tensor | float]] = {}  # names of a step's numbers -> sums of them and of their weights
 
-    def update(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
-        self.total = self.total + value.detach().double() * weight
-        self.weight = self.weight + weight
+    def update(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
+        """Add a step's scalars, each with its weight."""
+        names = tuple(values)
+        numbers = torch.stack([number.detach() for number, _ in values.values()]).double()
+        weights: Tensor | float = 1.0
+        if any(isinstance(weight, Tensor) or weight != 1 for _, weight in values.values()):
+            weights = torch.stack([weight.double() if isinstance(weight, Tensor) else numbers.new_full((), weight) for _, weight in values.values()])
+        total, weight = self._sums.get(names, (0.0, 0.0))
+        self._sums[names] = total + numbers * weights, weight + weights
 
-    def compute(self, nothing: float) -> float:
-        """The mean, or ``nothing`` where no step had any weight."""
-        weight = float(self.weight)
-        return float(self.total) / weight if weight else nothing
+    def compute(self) -> Values:
+        """The means; of an effect the lowest, of anything else 0, where no step had any weight."""
+        values = {}
+        for names, (totals, weights) in self._sums.items():
+            for name, total, weight in zip(names, totals.tolist(), (totals.new_zeros(len(names)) + weights).tolist(), strict=True):
+                values[name] = total / weight if weight else LOWEST if name.startswith("effect/") else 0.0
+        return values
 
 
-def _accumulate(means: dict[str, Mean], output: ObjectiveOutput, *, counterfactual: bool) -> None:
-    """Add a step's numbers, on the device and without waiting for it; effects and weights only where they mean anything."""
+def _numbers(output: ObjectiveOutput, *, counterfactual: bool) -> dict[str, tuple[Tensor, Tensor | float]]:
+    """A step's numbers with their weights; effects and weights of modalities only where they mean anything."""
     values: dict[str, tuple[Tensor, Tensor | float]] = {"loss/total": (output.loss, 1.0)}
     values.update({f"loss/{name}": (term, 1.0) for name, term in output.terms.items()})
     for modality, part in output.modalities.items():
         values.update({f"{name}/{modality}": pair for name, pair in part.means(counterfactual=counterfactual).items()})
-    for name, pair in values.items():
-        means.setdefault(name, Mean()).update(*pair)
+    return values

@@ -406,7 +406,7 @@ def test_learns_a_toy_with_an_obvious_answer(toy, name):
         stream = TripleStream(toy.train, toy.fingerprint, 1, 60, 100 if sheets else 0)
         objective = DistillationObjective() if sheets else None
         trainer = Trainer(backbone, toy, stream, learning_rate=0.03, objective=objective, ks=KS)
-        found = Fit(trainer, max_epochs=20, validate_every=5, patience=10)
+        found = Fit(trainer, max_epochs=30, validate_every=5, patience=10)
         rows = found.advance(sheets=sheets)
         assert rows[-1]["loss/total"] < rows[0]["loss/total"]
         assert found.stopping.best > 0.95
