@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from ckd_fed.training.drift import BETAS, EPS, FROM_STEP, Drift
 
 _Rows = tuple[Tensor, Tensor, Tensor]  # a parameter's and its two moments'
 _KEYS = ("step", "exp_avg", "exp_avg_sq")
+_LARGE = 1 << 17  # numbers of a parameter that is worth a call of its own: half a megabyte in float32
 
 
 class Adam:
@@ -53,7 +56,30 @@ class Adam:
         Raises:
             RuntimeError: rows with a gradient were behind when they were read.
         """
-        given = {name: p for name, p in self._parameters.items() if p.grad is not None}
+        self._step({name: p for name, p in self._parameters.items() if p.grad is not None})
+
+    @contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """Within it, on a CPU, a large parameter moves as soon as the backward pass has its gradient, which is then dropped; :meth:`step` moves
+        the others.
+
+        The same bits, but a gradient is read while it is in the cache, and never do all lie side by side. Not for whoever looks at gradients
+        after the backward pass, or takes several passes to a step.
+        """
+        large = {name: p for name, p in self._parameters.items() if p.device.type == "cpu" and p.numel() >= _LARGE}
+        hooks = [p.register_post_accumulate_grad_hook(partial(self._move_at_once, name)) for name, p in large.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _move_at_once(self, name: str, parameter: Tensor) -> None:
+        self._step({name: parameter})
+        parameter.grad = None
+
+    def _step(self, given: Mapping[str, Tensor]) -> None:
         whole: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
         for name, parameter in given.items():
             if name not in self._state:

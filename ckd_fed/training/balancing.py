@@ -41,7 +41,13 @@ class Optimizer(Protocol):
 
 
 class Balancing:
-    """No balancing: the backbone's own loss, the optimiser's own step. The base of the others."""
+    """No balancing: the backbone's own loss, the optimiser's own step. The base of the others.
+
+    Attributes:
+        reads_gradients: whether :meth:`step` does.
+    """
+
+    reads_gradients = False
 
     def __init__(self) -> None:
         self._plain = PlainObjective()
@@ -68,6 +74,8 @@ class GradientModulation(Balancing):
     Attributes:
         coefficients: k of every modality in the last step.
     """
+
+    reads_gradients = True
 
     def __init__(self, alpha: float, noise: bool) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -110,7 +111,8 @@ class Trainer:
                     output = self.balancing.loss(self.backbone, ranking)
                 else:
                     output = self.objective(self.backbone, ranking, distillation, margins)
-                output.loss.backward()
+                with nullcontext() if self.balancing.reads_gradients else self.optimizer.in_backward():
+                    output.loss.backward()
                 self.balancing.step(self.backbone, self.optimizer)
                 self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
                 means.update(_numbers(output, counterfactual=self.backbone.scores_use_features))

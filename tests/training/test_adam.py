@@ -44,6 +44,26 @@ def test_every_step_is_torchs_own_bit_by_bit(module):
             assert torch.equal(ours.state()[f"{name}/{key}"], theirs.state[reference][key]), (name, key)
 
 
+def test_moving_large_parameters_within_backward_comes_to_the_same_bits(module, monkeypatch):
+    monkeypatch.setattr("ckd_fed.training.adam._LARGE", 15)  # both matrices of weights
+    other = copy.deepcopy(module)
+    ours, theirs = Adam(module, 3e-2), Adam(other, 3e-2)
+    for number in range(4):
+        with ours.in_backward():
+            backward(module, number)
+        assert {name for name, p in module.named_parameters() if p.grad is not None} == {"0.bias", "1.bias", *(["2.weight"] if number >= 2 else [])}
+        ours.step()
+        ours.zero_grad()
+        backward(other, number)
+        theirs.step()
+        theirs.zero_grad()
+        for (name, mine), reference in zip(module.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(mine, reference), (number, name)
+    assert all(torch.equal(tensor, theirs.state()[name]) for name, tensor in ours.state().items())
+    backward(module, 0)  # outside of it gradients stay
+    assert module[0].weight.grad is not None  # type: ignore[index]
+
+
 def test_a_parameter_without_a_gradient_stays_and_has_no_state(module):
     optimizer, before = Adam(module, 1.0), module[2].weight.detach().clone()  # type: ignore[index]
     backward(module, 0)
