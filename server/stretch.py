@@ -72,7 +72,8 @@ def advice(config: Config, workers: int, epochs: int, messaging: float, seconds:
     said = f"NOTE: messaging took {messaging:.0f} of the {seconds:.0f} s ({messaging / seconds:.0%}) of a round of {workers} students"
     wanted = math.ceil(messaging * (1 - share) / (share * work)) if share * work * config.training.epochs > messaging * (1 - share) else 0
     if epochs >= every and wanted:  # the rounds are as long as they are to be, and there is a length that would do
-        said += f", {share:.0%} is wanted (federation.messaging-share): set training.validate-every={wanted} instead of {every}"
+        patience = math.ceil(config.training.patience * every / wanted)  # as many epochs
+        said += f", {share:.0%} is wanted (federation.messaging-share): set training.validate-every={wanted} training.patience={patience}"
     elif epochs >= every:
         said += f", more than {share:.0%} (federation.messaging-share) whatever their length"
     else:

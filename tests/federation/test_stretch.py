@@ -59,10 +59,10 @@ def test_several_students_are_told_how_long_their_rounds_should_be():
     assert advice(wanted, 2, epochs=5, messaging=1.0, seconds=10.0) == ""
     assert advice(wanted, 2, epochs=5, messaging=3.0, seconds=13.0) == (  # 3 of 31 s with 14 epochs, 3 of 29 with 13
         "NOTE: messaging took 3 of the 13 s (23%) of a round of 2 students, 10% is wanted (federation.messaging-share): "
-        "set training.validate-every=14 instead of 5"
+        "set training.validate-every=14 training.patience=4"
     )
     said = advice(wanted, 2, epochs=5, messaging=15.0, seconds=25.0)  # 5 s an epoch, one student 2 * 2 / 0.9
-    assert "training.validate-every=68 " in said
+    assert "training.validate-every=68 training.patience=1;" in said
     assert said.endswith("a lone student, whose rounds grow by themselves, would be done sooner (federation.student-workers=1)")
     assert "more than 10% (federation.messaging-share) whatever their length" in advice(wanted, 2, epochs=5, messaging=9.99, seconds=10.0)
     assert "whatever their length" in advice(wanted, 2, epochs=5, messaging=10.0, seconds=10.0)
