@@ -132,7 +132,7 @@ class FederationConfig:
     student_workers: int = _at_least(1, default=1)  # students at most; further nodes stay spare
     rate_scale: float = _at_least(0, default=0.0)  # of several students' training.learning-rate; 0: by their number, 1: not at all
     teacher_epochs: int = _at_least(1, default=50)  # epochs of a teacher round, rounded up to whole validations
-    messaging_share: float = _at_least(0, default=0.1)  # a lone student's rounds grow until messaging takes no more of their time; 1: never
+    messaging_share: float = _at_least(0, default=0.1)  # of rounds' time: a lone student's grow until it is so, several are told; 1: never
     stretch_mb: float = _positive(default=64.0)  # margins of a round that a teacher sends a modality, in MB at most (an epoch at least)
     enrol_timeout: float = _positive(default=120.0)  # seconds to wait for the nodes needed
     reply_timeout: float = _positive(default=3600.0)  # seconds to wait for a round's replies

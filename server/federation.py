@@ -41,7 +41,7 @@ from server.reweighting import Reweighting, average_weights, weighted_mean
 from server.roster import Roster
 from server.stretch import advice, grown, sheet_bytes, stretch_epochs
 
-_ADVISED = 3  # the round of several students after which their length is judged: the first ones wait for disks and caches to warm up
+_JUDGED = 3  # the round of several students by whose time their length is judged: the first waits for its margins as well
 
 
 class Federation:
@@ -70,6 +70,7 @@ class Federation:
         self.steps = plan.card.n_train // self.config.training.batch_size + 1
         self.sheet_bytes = sheet_bytes(self.config, plan.card.n_train)
         self._elapsed, self._started = state.elapsed, time.monotonic()
+        self._taken = 0  # rounds of several students, in this process
 
     def run(self) -> RunResult:
         """Both phases from where the state stands, then the best student's test."""
@@ -323,9 +324,11 @@ class Federation:
         else:
             self._say_unvalidated(seconds)
         self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
-        said = advice(self.config, state.workers, epochs, traffic["seconds/messaging"], seconds)
-        if said and state.epoch // epochs == _ADVISED:
-            self.record.write(said)
+        self._taken += 1
+        if self._taken == _JUDGED and state.epoch < self.config.training.epochs:  # the last one may be shorter
+            said = advice(self.config, state.workers, epochs, traffic["seconds/messaging"], seconds)
+            if said:
+                self.record.write(said)
 
     def _record_awaited(self, metrics: Mapping[str, float], traffic: Mapping[str, float]) -> None:
         """The validation that a round of several workers was still to have, of the parameters that it ended with; ``traffic`` is what it took by

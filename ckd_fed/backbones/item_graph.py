@@ -142,7 +142,7 @@ def _search(unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = len(unit)
     rows = min(max(_ROWS, _BLOCK // max(1, n)), max(1, n))
     columns = max(1, _BLOCK // rows)
-    # All written in place: small results kept between large temporaries leave holes that nothing large fits into, and memory grew to
+    # All that stays is written in place: small results kept between large temporaries leave holes that nothing large fits into, and memory grew to
     # that of all similarities.
     memory = unit.new_empty(rows * min(columns, n))
     weight, index = unit.new_full((n, k), -torch.inf), torch.zeros(n, k, dtype=torch.long, device=unit.device)

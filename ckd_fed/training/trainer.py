@@ -103,19 +103,20 @@ class Trainer:
         self.backbone.train()
         self.backbone.start_epoch(epoch, self._generator(epoch))
         self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
+        at_once = nullcontext() if self.balancing.reads_gradients else self.optimizer.in_backward()
         try:
             drawn = self.stream.steps(epoch, self.share) if steps is None else steps
-            for ranking, distillation, margins in batches(drawn, sheets, self.dataset.masks, like.device, like.dtype):
-                self._catch_up(ranking, distillation)
-                if self.objective is None or distillation is None:
-                    output = self.balancing.loss(self.backbone, ranking)
-                else:
-                    output = self.objective(self.backbone, ranking, distillation, margins)
-                with nullcontext() if self.balancing.reads_gradients else self.optimizer.in_backward():
+            with at_once:
+                for ranking, distillation, margins in batches(drawn, sheets, self.dataset.masks, like.device, like.dtype):
+                    self._catch_up(ranking, distillation)
+                    if self.objective is None or distillation is None:
+                        output = self.balancing.loss(self.backbone, ranking)
+                    else:
+                        output = self.objective(self.backbone, ranking, distillation, margins)
                     output.loss.backward()
-                self.balancing.step(self.backbone, self.optimizer)
-                self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
-                means.update(_numbers(output, counterfactual=self.backbone.scores_use_features))
+                    self.balancing.step(self.backbone, self.optimizer)
+                    self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
+                    means.update(_numbers(output, counterfactual=self.backbone.scores_use_features))
         finally:
             self.optimizer.settle()
             self.optimizer.zero_grad()
