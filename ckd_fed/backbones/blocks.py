@@ -39,7 +39,7 @@ class BlockBackbone(Backbone):
         done: dict[int, BlockMargins] = {}
         for block in (block for blocks in views.values() for block in blocks):
             if id(block) not in done:
-                done[id(block)] = block_margins(block.users, block.items, gather)
+                done[id(block)] = block_margins(block.users, block.items, gather.users, gather.items)
         ranked = {key: one.ranking for key, one in done.items()}
         distilled = {key: one.distillation for key, one in done.items() if one.distillation is not None}
         joint = views[self.joint]

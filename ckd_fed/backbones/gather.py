@@ -1,8 +1,7 @@
 """The rows of tables that a step's two batches need, and the margins that are made of them.
 
 The distillation batch needs differences of item rows and not the rows: they are taken by one kernel, and the gradient of all that is
-gathered from a table is added up in one table of zeros. On a CPU a gather with its backward takes 0.85 ms where
-torch's own operations take 1.5 (5,000 pairs of 6,710 rows, d = 64), because each of those lays out rows and fills a table. The gradient of
+gathered from a table is summed by the inverted index (:mod:`ckd_fed.backbones.inverted`) that the step shares between its tables. The gradient of
 a parameter that is much larger than what is read of it is sparse: the rows that were read and nothing else.
 """
 
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ckd_fed.backbones.inverted import Inverted
 
 if TYPE_CHECKING:
     from ckd_fed.backbones.base import Triples
@@ -54,17 +55,88 @@ class Rows(NamedTuple):
         return (self.distillation_users * self.difference).sum(-1)
 
 
-class ItemRows(NamedTuple):
-    """Which items' rows a table holds that is made for a step, and where the batches' items are in it.
+class Index:
+    """What is read of a table: rows, and differences of two rows.
 
-    Attributes:
-        rows: numbers of the items.
-        items, pairs: those of :class:`Gather`, as positions among the rows.
+    Args:
+        rows: ``(n,)`` int64.
+        pairs: first and second rows of the differences, ``(k,)`` each.
     """
 
-    rows: Tensor
-    items: Tensor
-    pairs: Pairs | None
+    def __init__(self, rows: Tensor, pairs: Pairs | None = None) -> None:
+        self.rows = rows
+        self.pairs = pairs
+        self._gradients: dict[_Kind, _Gradient] = {}
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Tensor]) -> Index:
+        """From what :attr:`parts` gives."""
+        return cls(parts[0], (parts[1], parts[2]) if len(parts) > 1 else None)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Rows, and first and second rows of the differences where there are any."""
+        return [self.rows, *(self.pairs or ())]
+
+    def __len__(self) -> int:
+        """How many rows of a table are read."""
+        return sum(map(len, self.parts))
+
+    def kind(self, table: Tensor) -> _Kind:
+        """Of a table's gradient."""
+        sparse = table.is_leaf and table.numel() >= SPARSE_FROM and len(table) >= SPARSE_ROWS * len(self)
+        return _Kind(len(table), table.dtype, sparse)
+
+    def gradient(self, kind: _Kind) -> _Gradient:
+        """How a table's gradient follows from that of what is read; found once for all tables of a kind. On the CPU."""
+        if kind not in self._gradients:
+            self._gradients[kind] = _Gradient(self, kind)
+        return self._gradients[kind]
+
+
+class _Kind(NamedTuple):
+    """Of a gradient: rows of its table, its type, and whether it is sparse."""
+
+    n: int
+    dtype: torch.dtype
+    sparse: bool
+
+
+class _Gradient:
+    """The gradient of a table as sums over what is read of it: of a difference for its first row and against its second.
+
+    Args:
+        index: what is read.
+        kind: of gradient.
+    """
+
+    def __init__(self, index: Index, kind: _Kind) -> None:
+        self._n = kind.n
+        self._bags = Inverted(torch.cat(index.parts), None if kind.sparse else kind.n)
+        self._at, self._signs = self._bags.places, None
+        if index.pairs:
+            self._at, self._signs = (of[self._bags.places] for of in _read_at(len(index.rows), len(index.pairs[0]), kind.dtype))
+
+    def __call__(self, of_read: Tensor) -> Tensor:
+        """The table's gradient.
+
+        Args:
+            of_read: gradient of the rows, then of the differences, that were read, ``(n + k, d)``.
+        """
+        sums = self._bags.sums(of_read, self._at, self._signs)
+        if self._bags.rows is None:
+            return sums
+        shape = (self._n, *sums.shape[1:])
+        return torch.sparse_coo_tensor(self._bags.rows[None], sums, shape, is_coalesced=True, check_invariants=False)
+
+
+@lru_cache(maxsize=16)
+def _read_at(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of n rows, k first and k second rows of differences: which of the n + k things that are read each belongs to, and its sign there."""
+    differences = torch.arange(n, n + k)
+    signs = torch.ones(n + 2 * k, dtype=dtype)
+    signs[n + k :] = -1
+    return torch.cat([torch.arange(n), differences, differences]), signs
 
 
 class Gather:
@@ -75,18 +147,17 @@ class Gather:
         distillation: the distillation batch, K triples, or None.
 
     Attributes:
-        users: ``(B + K,)``.
-        items: of the ranking batch, ``(2B,)``: first items, then second ones.
-        pairs: items of the distillation batch, ``(K,)`` each; None without one.
+        users: rows of both batches, ``(B + K,)``.
+        items: rows of the ranking batch, ``(2B,)``: first items, then second ones; differences of the distillation batch.
     """
 
     def __init__(self, ranking: Triples, distillation: Triples | None) -> None:
         batches = [ranking] if distillation is None else [ranking, distillation]
         self._sizes = [len(batch) for batch in batches]
-        self.users = torch.cat([batch.users for batch in batches])
-        self.items = torch.cat([ranking.first, ranking.second])
-        self.pairs: Pairs | None = None if distillation is None else (distillation.first, distillation.second)
-        self._distinct: ItemRows | None = None
+        self.users = Index(torch.cat([batch.users for batch in batches]))
+        pairs = None if distillation is None else (distillation.first, distillation.second)
+        self.items = Index(torch.cat([ranking.first, ranking.second]), pairs)
+        self._own: dict[bool, tuple[Tensor, Index]] = {}
 
     def of_users(self, table: Tensor) -> Tensor:
         """Rows of both batches, ``(B + K, d)``."""
@@ -94,21 +165,23 @@ class Gather:
 
     def of_items(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows of the ranking batch, ``(2B, d)``, and differences of the distillation batch, ``(K, d)``."""
-        return gather_rows(table, self.items, self.pairs)
+        return gather_rows(table, self.items)
 
-    def distinct_items(self, n_items: int) -> ItemRows:
-        """The items of both batches without repetitions, ascending; found once a step, on a GPU by waiting for it."""
-        if self._distinct is None:
-            rows, (items, *pairs) = compacted(n_items, [self.items, *(self.pairs or ())])
-            self._distinct = ItemRows(rows, items, (pairs[0], pairs[1]) if pairs else None)
-        return self._distinct
+    def own_items(self, n_items: int, *, distinct: bool) -> tuple[Tensor, Index]:
+        """Which items a table of both batches' items alone has in its rows, and where it is read; found once a step.
 
-    def all_items(self) -> ItemRows:
-        """The items of both batches as they come."""
-        indices = [self.items, *(self.pairs or ())]
-        rows = torch.cat(indices)
-        items, *pairs = torch.arange(len(rows), device=rows.device).split([len(index) for index in indices])
-        return ItemRows(rows, items, (pairs[0], pairs[1]) if pairs else None)
+        Args:
+            n_items: all there are.
+            distinct: each once, ascending, for which a GPU has to be waited for; or as they come.
+        """
+        if distinct not in self._own:
+            if distinct:
+                rows, parts = compacted(n_items, self.items.parts)
+            else:
+                rows = torch.cat(self.items.parts)
+                parts = list(torch.arange(len(rows), device=rows.device).split([len(part) for part in self.items.parts]))
+            self._own[distinct] = rows, Index.of_parts(parts)
+        return self._own[distinct]
 
     def rows(self, users: Tensor, items: Tensor, difference: Tensor | None) -> Rows:
         """What :meth:`of_users` and :meth:`of_items` gave, put together."""
@@ -117,14 +190,13 @@ class Gather:
         return Rows(by_user[0], first, second, by_user[1] if len(by_user) > 1 else None, difference)
 
 
-def gather_rows(table: Tensor, index: Tensor, pairs: Pairs | None = None) -> tuple[Tensor, Tensor | None]:
-    """``table[index]``, and ``table[pairs[0]] - table[pairs[1]]`` where pairs are given; ``(n, d)`` each."""
+def gather_rows(table: Tensor, index: Index) -> tuple[Tensor, Tensor | None]:
+    """Rows ``(n, d)`` of a table, and differences of rows ``(k, d)`` where the index has pairs."""
     if table.device.type == "cpu":
-        sparse = _sparse(table, len(index) + sum(map(len, pairs or ())))
-        rows, difference = _Gather.apply(table, index, *(pairs or (None, None)), sparse)
+        rows, difference = _Gather.apply(table, index)
         return rows, difference
-    rows = F.embedding(index, table)
-    return rows, None if pairs is None else F.embedding(pairs[0], table) - F.embedding(pairs[1], table)
+    rows = F.embedding(index.rows, table)
+    return rows, None if index.pairs is None else _apart(table, index.pairs)
 
 
 class BlockMargins(NamedTuple):
@@ -141,22 +213,23 @@ class BlockMargins(NamedTuple):
     squares: Tensor
 
 
-def block_margins(users: Tensor, items: Tensor, gather: Gather, at: ItemRows | None = None) -> BlockMargins:
+def block_margins(users: Tensor, items: Tensor, of_users: Index, of_items: Index) -> BlockMargins:
     """Margins of one block from its tables.
 
-    One operation with its own backward, which makes a step of VBPR on TikTok a twelfth faster than margins of gathered rows do (CPU, one and two
+    On a CPU one operation with its own backward, which makes a step of VBPR on TikTok a twelfth faster than margins of gathered rows do (one and two
     threads): nothing is split or joined on the way back, and squares cost one pass each way.
 
     Args:
         users: ``(n_users, d)``.
         items: ``(n_items, d)``, or rows of some items.
-        gather: the step's batches.
-        at: which items; None for all.
+        of_users, of_items: where both batches' are in them, as :class:`Gather` has them.
     """
-    index, pairs = (gather.items, gather.pairs) if at is None else (at.items, at.pairs)
-    first, second = pairs or (None, None)
-    sparse = _sparse(users, len(gather.users)), _sparse(items, len(index) + sum(map(len, pairs or ())))
-    return BlockMargins(*_BlockMargins.apply(users, items, gather.users, index, first, second, *sparse))
+    if users.device.type == "cpu":
+        return BlockMargins(*_BlockMargins.apply(users, items, of_users, of_items))
+    by_user, (ranked, difference) = F.embedding(of_users.rows, users), gather_rows(items, of_items)
+    b = len(ranked) // 2
+    margins = (by_user[:b] * (ranked[:b] - ranked[b:])).sum(-1), None if difference is None else (by_user[b:] * difference).sum(-1)
+    return BlockMargins(*margins, by_user[:b].square().sum() + ranked.square().sum())
 
 
 def compacted(n: int, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -176,10 +249,14 @@ def compacted(n: int, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 def differences(table: Tensor, pairs: Pairs) -> Tensor:
     """``table[pairs[0]] - table[pairs[1]]`` without gradient, ``(n, d)``."""
     if table.device.type != "cpu":
-        return table[pairs[0]] - table[pairs[1]]
+        return _apart(table.detach(), pairs)
     # A bag of the two rows with weights 1 and -1: the same bits, and neither row is laid out.
     starts, signs = _bags_of_two(len(pairs[0]), table.dtype)
     return F.embedding_bag(torch.stack(pairs, dim=1).view(-1), table.detach(), starts, mode="sum", per_sample_weights=signs)
+
+
+def _apart(table: Tensor, pairs: Pairs) -> Tensor:
+    return F.embedding(pairs[0], table) - F.embedding(pairs[1], table)
 
 
 @lru_cache(maxsize=16)
@@ -188,93 +265,68 @@ def _bags_of_two(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.arange(0, 2 * n, 2), torch.tensor([1.0, -1.0], dtype=dtype).repeat(n)
 
 
-def add_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``table[index] += rows``, in the order of the index: what ``index_add_`` gives, whose general path takes three times as long."""
-    table.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows)
-
-
-def _sparse(table: Tensor, n: int) -> bool:
-    """Whether the gradient of a table of which n rows are read is sparse."""
-    return table.device.type == "cpu" and table.is_leaf and table.numel() >= SPARSE_FROM and len(table) >= SPARSE_ROWS * n
-
-
-def _added_up(shape: torch.Size, sparse: bool, added: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Gradient of a table to some rows of which something is added: (index, rows) in their order."""
-    like = added[0][1]
-    if not sparse:
-        gradient = like.new_zeros(shape)
-        for index, rows in added:
-            add_rows(gradient, index, rows)
-        return gradient
-    read, positions = torch.cat([index for index, _ in added]).unique(return_inverse=True)
-    gradient = like.new_zeros((len(read), *shape[1:]))
-    for position, (_, rows) in zip(positions.split([len(index) for index, _ in added]), added, strict=True):
-        add_rows(gradient, position, rows)
-    return torch.sparse_coo_tensor(read[None], gradient, shape, is_coalesced=True, check_invariants=False)
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, first: Tensor | None, second: Tensor | None, sparse: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, table: Tensor, index: Index) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(index, first, second)
-        ctx.shape, ctx.sparse = table.shape, sparse
-        return F.embedding(index, table), None if first is None or second is None else differences(table, (first, second))
+        ctx.index, ctx.kind = index, index.kind(table)
+        return F.embedding(index.rows, table), None if index.pairs is None else differences(table, index.pairs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, rows: Tensor | None, difference: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        index, first, second = ctx.saved_tensors
-        added = [(index, rows)] if rows is not None else []
-        if difference is not None:
-            added += [(first, difference), (second, -difference)]
-        return _added_up(ctx.shape, ctx.sparse, added) if added else None, None, None, None, None
+    def backward(ctx: Any, rows: Tensor | None, difference: Tensor | None) -> tuple[Tensor | None, None]:
+        if rows is None and difference is None:
+            return None, None
+        index, like = ctx.index, rows if rows is not None else difference
+        assert like is not None
+        of_read = [like.new_zeros((len(index.rows), like.shape[1])) if rows is None else rows]
+        if index.pairs is not None:
+            of_read.append(like.new_zeros((len(index.pairs[0]), like.shape[1])) if difference is None else difference)
+        return index.gradient(ctx.kind)(torch.cat(of_read) if len(of_read) > 1 else of_read[0]), None
 
 
 class _BlockMargins(torch.autograd.Function):
     """With u_n, i_n, j_n the rows of a batch: r_n = u_n . (i_n - j_n) of both batches, and the sum of squares of the ranking batch's."""
 
     @staticmethod
-    def forward(
-        ctx: Any, users: Tensor, items: Tensor, at: Tensor, index: Tensor, first: Tensor | None, second: Tensor | None, *sparse: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(ctx: Any, users: Tensor, items: Tensor, of_users: Index, of_items: Index) -> tuple[Tensor, Tensor | None, Tensor]:
         ctx.set_materialize_grads(False)
-        of_users, of_items = F.embedding(at, users), F.embedding(index, items)
-        n = len(index) // 2
-        apart = of_items[:n] - of_items[n:]
-        difference = None if first is None or second is None else differences(items, (first, second))
-        ctx.save_for_backward(at, index, first, second, of_users, of_items, apart, difference)
-        ctx.shapes, ctx.sparse = (users.shape, items.shape), sparse
-        squares = torch.stack([torch.dot(rows.reshape(-1), rows.reshape(-1)) for rows in (of_users[:n], of_items)]).sum()
-        ranking = (of_users[:n] * apart).sum(-1)
-        return ranking, None if difference is None else (of_users[n:] * difference).sum(-1), squares
+        by_user, ranked = F.embedding(of_users.rows, users), F.embedding(of_items.rows, items)
+        b = len(ranked) // 2
+        apart = ranked[:b] - ranked[b:]
+        difference = None if of_items.pairs is None else differences(items, of_items.pairs)
+        ctx.save_for_backward(by_user, ranked, apart, difference)
+        ctx.indices, ctx.kinds = (of_users, of_items), (of_users.kind(users), of_items.kind(items))
+        squares = _squares(by_user[:b]) + _squares(ranked)
+        ranking = (by_user[:b] * apart).sum(-1)
+        return ranking, None if difference is None else (by_user[b:] * difference).sum(-1), squares
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, ranking: Tensor | None, distillation: Tensor | None, squares: Tensor | None) -> tuple[Tensor | None, ...]:
-        at, index, first, second, of_users, of_items, apart, difference = ctx.saved_tensors
-        n = len(index) // 2
-        twice = of_users.new_zeros(()) if squares is None else 2 * squares
-        to_users, to_items = torch.empty_like(of_users), of_items * twice
-        torch.mul(of_users[:n], twice, out=to_users[:n])
+        by_user, ranked, apart, difference = ctx.saved_tensors
+        b, n = len(apart), len(by_user)
+        twice = by_user.new_zeros(()) if squares is None else 2 * squares
+        to_users, to_items = torch.empty_like(by_user), by_user.new_empty((n + b, by_user.shape[1]))
+        torch.mul(by_user[:b], twice, out=to_users[:b])
+        torch.mul(ranked, twice, out=to_items[: 2 * b])
         if ranking is not None:
             signal = ranking.unsqueeze(1)
-            to_users[:n].addcmul_(apart, signal)
-            by_user = of_users[:n] * signal
-            to_items[:n] += by_user
-            to_items[n:] -= by_user
-        added = [(index, to_items)]
-        if distillation is None:
-            at, to_users = at[:n], to_users[:n]
-        else:
-            signal = distillation.unsqueeze(1)
-            torch.mul(difference, signal, out=to_users[n:])
-            by_user = of_users[n:] * signal
-            added += [(first, by_user), (second, -by_user)]
-        users_shape, items_shape = ctx.shapes
-        users_sparse, items_sparse = ctx.sparse
-        gradients = _added_up(users_shape, users_sparse, [(at, to_users)]), _added_up(items_shape, items_sparse, added)
-        return *gradients, None, None, None, None, None, None
+            to_users[:b].addcmul_(apart, signal)
+            of_pair = by_user[:b] * signal
+            to_items[:b] += of_pair
+            to_items[b : 2 * b] -= of_pair
+        if difference is not None:
+            signal = by_user.new_zeros((n - b, 1)) if distillation is None else distillation.unsqueeze(1)
+            torch.mul(difference, signal, out=to_users[b:])
+            torch.mul(by_user[b:], signal, out=to_items[2 * b :])
+        return *(index.gradient(kind)(of_read) for index, kind, of_read in zip(ctx.indices, ctx.kinds, (to_users, to_items), strict=True)), None, None
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Sum of the squares of contiguous rows, without laying squares out."""
+    numbers = rows.view(-1)
+    return numbers.dot(numbers)
 
 
 def margin(users: Tensor, first: Tensor, second: Tensor) -> Tensor:

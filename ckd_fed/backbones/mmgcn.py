@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import Gather, compacted, gather_rows
+from ckd_fed.backbones.gather import Gather, Index, compacted, gather_rows
 from ckd_fed.backbones.graph import Propagation, row_normalised_adjacency
 from ckd_fed.backbones.projection import project
 from ckd_fed.data.interactions import Interactions
@@ -57,14 +57,14 @@ class Branch(nn.Module):
         h = F.leaky_relu_(propagate(self.conv[number](x).view(len(x) // variants, -1))).view(x.shape)
         return self.gate[number](h).add_(F.leaky_relu_(self.linear[number](x)))
 
-    def forward(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module, wanted: Index | None = None) -> Tensor:
         """The layers after the first, for several variants at once.
 
         Args:
             x: what the first layer gave, ``(n_users + n_items, variants, d)``.
             id_embedding: ``(n_users + n_items, d)``.
             propagate: multiplication by A-hat.
-            wanted: nodes whose rows are asked for, ``(k,)`` int64; None for all.
+            wanted: nodes whose rows are asked for; None for all.
 
         Returns:
             As x, or these rows of it, ``(k, variants, d)``.
@@ -78,7 +78,7 @@ class Branch(nn.Module):
             x = self._last_layer(x.view(n, -1), gather_rows(id_embedding, wanted)[0], propagate, wanted)
         return x.view(-1, variants, dim)
 
-    def _last_layer(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module, wanted: Tensor) -> Tensor:
+    def _last_layer(self, x: Tensor, id_embedding: Tensor, propagate: nn.Module, wanted: Index) -> Tensor:
         r"""As :meth:`layer` for some nodes, the ID embedding and phi included.
 
         Rows of A-hat sum to one, so :math:`\hat A (C x + b) = C (\hat A x) + b`: only these nodes' rows take part in any dense product.
@@ -87,7 +87,7 @@ class Branch(nn.Module):
             x: ``(n_users + n_items, variants * d)``.
             id_embedding: of the nodes, ``(k, d)``.
             propagate: multiplication by A-hat.
-            wanted: the nodes, ``(k,)``.
+            wanted: the nodes.
 
         Returns:
             ``(k * variants, d)``.
@@ -151,12 +151,12 @@ class MMGCN(Backbone):
         for branch in self.branch.values():
             branch.reset_parameters()  # type: ignore[operator]
 
-    def branches(self, views: Sequence[View], wanted: Tensor | None = None) -> dict[str, tuple[list[bool], Tensor]]:
+    def branches(self, views: Sequence[View], wanted: Index | None = None) -> dict[str, tuple[list[bool], Tensor]]:
         """Every branch once, with its modality present, absent or both, as the views need.
 
         Args:
             views: what is asked for.
-            wanted: for which nodes, ``(k,)`` int64, users first; None for all.
+            wanted: for which nodes, users first; None for all.
 
         Returns:
             Modality -> (states, outputs), outputs of shape ``(k, len(states), d)`` for the states in their order, True being present.
@@ -182,22 +182,23 @@ class MMGCN(Backbone):
         """As :meth:`Backbone.compute_step`, but the rows of the batches are gathered from the branches and averaged, rather than whole tables,
         and on a CPU the last layer is computed for these rows alone (which they are, a GPU would have to be waited for to know)."""
         gather = Gather(asked.ranking, asked.distillation)
-        index = torch.cat([gather.users, gather.items + self.n_users])  # (B + K + 2B,)
-        pairs = None if gather.pairs is None else (gather.pairs[0] + self.n_users, gather.pairs[1] + self.n_users)
+        users, ranking, *pairs = gather.users.rows, *(part + self.n_users for part in gather.items.parts)
+        parts = [torch.cat([users, ranking]), *pairs]  # (B + K + 2B,), (K,), (K,)
         wanted = None
-        if index.device.type == "cpu":
-            wanted, (index, *found) = compacted(self.n_users + self.n_items, [index, *(pairs or ())])
-            pairs = (found[0], found[1]) if found else None
+        if users.device.type == "cpu":
+            nodes, parts = compacted(self.n_users + self.n_items, parts)
+            wanted = Index(nodes)
+        index = Index.of_parts(parts)
         branches, differences = {}, {}
         for m, (states, outputs) in self.branches(asked.views, wanted).items():
-            rows, difference = gather_rows(outputs.flatten(1), index, pairs)
+            rows, difference = gather_rows(outputs.flatten(1), index)
             branches[m] = states, rows.view(len(rows), len(states), -1)
             if difference is not None:
                 differences[m] = states, difference.view(len(difference), len(states), -1)
         output = StepOutput({}, {}, {})
         for view in asked.views:
             with self.gradient(view):
-                users, items = self._mean(view, branches).split([len(gather.users), len(gather.items)])
+                users, items = self._mean(view, branches).split([len(gather.users), len(gather.items.rows)])
                 done = gather.rows(users, items, self._mean(view, differences) if differences else None)
             if view in asked.ranking_views:
                 output.ranking[view] = done.ranking_margin()
@@ -221,7 +222,7 @@ class MMGCN(Backbone):
         mean = linear(self.get_buffer(f"mean_features_{modality}"))
         sides = F.normalize(torch.stack([preference.mean(0), mean]), dim=-1)  # (2, d)
         rows = branch.layer(0, F.embedding(self.get_buffer("is_item"), sides), self.propagate_kinds)  # type: ignore[operator]
-        return F.leaky_relu_(gather_rows(rows, self.get_buffer("kind"))[0] + id_embedding)
+        return F.leaky_relu_(gather_rows(rows, Index(self.get_buffer("kind")))[0] + id_embedding)
 
 
 def kinds(train: Interactions) -> tuple[np.ndarray, np.ndarray, sp.csr_array]:

@@ -33,7 +33,7 @@ def project(features: Tensor, linear: nn.Module) -> Tensor:
     if features.dtype == linear.weight.dtype:
         rows: Tensor = linear(features)
         return rows
-    return F.linear(features, linear.weight.to(features.dtype)).to(linear.weight.dtype) + linear.bias
+    return F.linear(features, linear.weight.to(features.dtype)).to(linear.weight.dtype).add_(linear.bias)
 
 
 def pays(features: Tensor, n: int) -> bool:

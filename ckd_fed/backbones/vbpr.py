@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import Gather, ItemRows, block_margins, gather_rows
+from ckd_fed.backbones.gather import Gather, Index, block_margins, gather_rows
 from ckd_fed.backbones.projection import pays, project, project_rows
 from ckd_fed.data.interactions import Interactions
 
@@ -107,9 +107,9 @@ class VBPR(Backbone):
     def compute_step(self, asked: Asked) -> StepOutput:
         """Block margins, see the class docstring, from one gather a table over both batches."""
         gather = Gather(asked.ranking, asked.distillation)
-        blocks: dict[str | None, tuple[Tensor, Tensor, ItemRows | None]] = {None: (self.user_embedding, self.item_embedding, None)}
+        blocks: dict[str | None, tuple[Tensor, Tensor, Index]] = {None: (self.user_embedding, self.item_embedding, gather.items)}
         blocks.update({m: (self.preference[m], *self._projected(m, gather)) for m in self.modalities})
-        done = {block: block_margins(users, items, gather, at) for block, (users, items, at) in blocks.items()}
+        done = {block: block_margins(users, items, gather.users, at) for block, (users, items, at) in blocks.items()}
 
         def of_view(view: View, margins: Mapping[str | None, Tensor]) -> Tensor:
             return sum((margins[m] for m in self.modalities if m in view), margins[None])
@@ -117,7 +117,7 @@ class VBPR(Backbone):
         def joint_rows() -> list[Tensor]:
             rows = []
             for users, items, at in blocks.values():
-                of_items = gather_rows(items, gather.items if at is None else at.items)[0]
+                of_items = gather_rows(items, Index(at.rows))[0]
                 rows.append((gather.of_users(users)[: len(asked.ranking)], *of_items.split(len(asked.ranking))))
             return [torch.cat(part, dim=1) for part in zip(*rows, strict=True)]
 
@@ -128,14 +128,14 @@ class VBPR(Backbone):
         batch = RankingBatch(asked.ranking, margins[self.joint], joint_rows, squares=squares)
         return StepOutput(self.losses(batch), margins, {view: of_view(view, distilled) for view in asked.distillation_views})
 
-    def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, ItemRows | None]:
-        """The projected features of all items, or of those that are asked for where that is faster."""
+    def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, Index]:
+        """The projected features of all items, or of those that are asked for where that is faster, and where these are among them."""
         features, linear = self.features(modality), self.projection[modality]
-        n = len(gather.items) + sum(map(len, gather.pairs or ()))
+        n = len(gather.items)
         if pays(features, n):
-            asked = gather.distinct_items(self.n_items)
-            return project_rows(features, asked.rows, linear), asked
+            rows, at = gather.own_items(self.n_items, distinct=True)
+            return project_rows(features, rows, linear), at
         if n >= self.n_items:
-            return project(features, linear), None
-        asked = gather.all_items()
-        return project(F.embedding(asked.rows, features), linear), asked
+            return project(features, linear), gather.items
+        rows, at = gather.own_items(self.n_items, distinct=False)
+        return project(F.embedding(rows, features), linear), at

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ LOWEST, HIGHEST = 1e-8, 10.0
 
 
 @torch.no_grad()
-def causal_effects(joint: Tensor, without: Mapping[str, Tensor], only: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def causal_effects(joint: Tensor, without: Tensor, only: Tensor) -> Tensor:
     """Causal effect of every modality on every sample's margin.
 
     ``c_m = clamp((d_joint - d_without_m) / d_only_m, 1e-8, 10)``
@@ -21,21 +19,17 @@ def causal_effects(joint: Tensor, without: Mapping[str, Tensor], only: Mapping[s
 
     Args:
         joint: margins of the joint view, ``(B,)``.
-        without: modality -> margins of ``without m``, ``(B,)``.
-        only: modality -> margins of ``only m``, ``(B,)``.
+        without: margins of ``without m``, ``(|M|, B)``.
+        only: margins of ``only m``, ``(|M|, B)``.
 
     Returns:
-        Modality -> ``(B,)`` in [1e-8, 10].
+        ``(|M|, B)`` in [1e-8, 10].
     """
-    effects = {}
-    for modality, alone in only.items():
-        ratio = (joint - without[modality]) / alone
-        effects[modality] = torch.where(alone == 0, 0.0, ratio).clamp(LOWEST, HIGHEST)
-    return effects
+    return ((joint - without) / only).masked_fill_(only == 0, 0.0).clamp_(LOWEST, HIGHEST)
 
 
 @torch.no_grad()
-def modality_weights(effects: Mapping[str, Tensor], asked: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def modality_weights(effects: Tensor, asked: Tensor | None = None) -> Tensor:
     """Weight of every modality's distillation loss on every sample: the smaller its effect, the larger its weight.
 
     ``w_m = |M| / (|M| - 1) * (1 - c_m / sum_k c_k)``
@@ -44,19 +38,16 @@ def modality_weights(effects: Mapping[str, Tensor], asked: Mapping[str, Tensor] 
     sample's items have: one that was not asked has weight 0 there, and one that is alone has weight 1.
 
     Args:
-        effects: modality -> ``(B,)``, at least two modalities.
-        asked: modality -> which samples its teacher was asked about, ``(B,)`` bool; a modality that is not named was asked about all.
+        effects: ``(|M|, B)``, of at least two modalities.
+        asked: which samples the teacher of each was asked about, ``(|M|, B)`` bool; None for all.
+
+    Returns:
+        ``(|M|, B)``.
     """
     if len(effects) < 2:
-        raise ValueError(f"weights need at least two modalities, got {list(effects)}")
-    if not asked:
-        total = torch.stack(list(effects.values())).sum(0)
-        scale = len(effects) / (len(effects) - 1)
-        return {modality: scale * (1 - effect / total) for modality, effect in effects.items()}
-    present = torch.stack(
-        [asked[modality] if modality in asked else torch.ones_like(effect, dtype=torch.bool) for modality, effect in effects.items()]
-    )
-    counted = torch.stack(list(effects.values())) * present  # (|M|, B)
-    n = present.sum(0)
+        raise ValueError(f"weights need at least two modalities, got {len(effects)}")
+    if asked is None:
+        return len(effects) / (len(effects) - 1) * (1 - effects / effects.sum(0))
+    counted, n = effects * asked, asked.sum(0)
     weights = torch.where(n > 1, n / (n - 1).clamp(min=1) * (1 - counted / counted.sum(0)), 1.0)
-    return dict(zip(effects, torch.where(present, weights, 0.0).unbind(), strict=True))
+    return torch.where(asked, weights, 0.0)

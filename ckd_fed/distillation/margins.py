@@ -46,7 +46,7 @@ def margin_sheet(
     for row, step in zip(sheet, steps, strict=True):
         triples = np.concatenate([step.ranking, step.distillation], axis=1)
         users, first, second = torch.from_numpy(triples).long().to(device)
-        margin = (F.embedding(users, teacher.users) * differences(teacher.items, (first, second))).sum(-1)
+        margin = F.embedding(users, teacher.users).mul_(differences(teacher.items, (first, second))).sum(-1)
         row[:] = margin.clamp(-limit, limit).cpu().numpy()
         if mask is not None:
             row[~asked_about(mask, triples)] = 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ckd_fed.backbones.base import Backbone, Triples, View
+from ckd_fed.backbones.base import Backbone, Triples
 from ckd_fed.distillation.effects import causal_effects, modality_weights
 from ckd_fed.distillation.losses import generic_loss, specific_loss
 
@@ -30,9 +30,9 @@ class TeacherMargins:
     asked_distillation: Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModalityTerms:
-    """One modality's part in a step: scalars, or per-sample ``(B,)`` where so noted."""
+    """One modality's part in a step."""
 
     margin: Tensor  # (B,) of the student's only-m view
     specific: Tensor  # (B,)
@@ -42,19 +42,51 @@ class ModalityTerms:
     asked: Tensor | None = None  # (B,) bool; None for all
     asked_pairs: Tensor | None = None  # (K,) bool; None for all
 
-    def means(self, *, counterfactual: bool) -> dict[str, tuple[Tensor, Tensor | float]]:
-        """Scalars for the log, with effect and weight where they mean anything.
+
+@dataclass(frozen=True)
+class DistillationTerms:
+    """What distillation adds to a step, of M modalities.
+
+    Attributes:
+        modalities: those with a teacher.
+        margin: of the student's only-m views, ``(M, B)``.
+        specific: ``(M, B)``.
+        generic: ``(M,)``.
+        effect: ``(M, B)``.
+        weight: ``(M, B)``.
+        asked: which samples each teacher was asked about, ``(M, B)`` bool; None for all.
+        asked_pairs: which pairs, ``(M, K)`` bool; None for all.
+    """
+
+    modalities: tuple[str, ...]
+    margin: Tensor
+    specific: Tensor
+    generic: Tensor
+    effect: Tensor
+    weight: Tensor
+    asked: Tensor | None = None
+    asked_pairs: Tensor | None = None
+
+    def of(self, modality: str) -> ModalityTerms:
+        """One modality's part."""
+        parts = (self.margin, self.specific, self.generic, self.effect, self.weight, self.asked, self.asked_pairs)
+        n = self.modalities.index(modality)
+        return ModalityTerms(*(None if part is None else part[n] for part in parts))  # type: ignore[arg-type]  # only the masks may be None
+
+    def means(self, *, counterfactual: bool) -> tuple[list[str], Tensor, Tensor | None]:
+        """Numbers for the log, with effects and weights where they mean anything.
 
         Returns:
-            Name -> mean over the samples that the teacher was asked about, and their share of all: what the mean counts for when steps
-            are averaged.
+            names, means over the samples that the teacher was asked about, and these samples' share of all: what each mean counts for
+            when steps are averaged; None where all teachers were asked about all.
         """
-        pairs = 1.0 if self.asked_pairs is None else self.asked_pairs.double().mean()
-        values = {"specific": self.specific, **({"effect": self.effect, "weight": self.weight} if counterfactual else {})}
-        if self.asked is None:
-            return {"generic": (self.generic, pairs), **{name: (value.mean(), 1.0) for name, value in values.items()}}
-        n, share = self.asked.sum().clamp(min=1), self.asked.double().mean()
-        return {"generic": (self.generic, pairs), **{name: ((value * self.asked).sum() / n, share) for name, value in values.items()}}
+        per_sample = {"specific": self.specific, **({"effect": self.effect, "weight": self.weight} if counterfactual else {})}
+        names = [f"{name}/{m}" for name in ("generic", *per_sample) for m in self.modalities]
+        if self.asked is None or self.asked_pairs is None:
+            return names, torch.cat([self.generic, *(values.mean(1) for values in per_sample.values())]), None
+        n, share = self.asked.sum(1).clamp(min=1), self.asked.double().mean(1)
+        means = torch.cat([self.generic, *((values * self.asked).sum(1) / n for values in per_sample.values())])
+        return names, means, torch.cat([self.asked_pairs.double().mean(1), *[share] * len(per_sample)])
 
 
 @dataclass
@@ -66,14 +98,19 @@ class ObjectiveOutput:
         terms: the parts of the total: the backbone's own loss terms and ``kd``.
         joint_margin: ``(B,)``.
         per_sample: distillation loss per sample before rho and the mean, ``(B,)``.
-        modalities: the parts of each modality; empty without distillation.
+        distilled: the parts of distillation; None without any.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     joint_margin: Tensor
     per_sample: Tensor | None = None
-    modalities: dict[str, ModalityTerms] = field(default_factory=dict)
+    distilled: DistillationTerms | None = None
+
+    @property
+    def modalities(self) -> dict[str, ModalityTerms]:
+        """The parts of each modality; empty without distillation."""
+        return {m: self.distilled.of(m) for m in self.distilled.modalities} if self.distilled else {}
 
 
 @dataclass(frozen=True)
@@ -109,40 +146,43 @@ class DistillationObjective:
             teachers: modality -> its teacher's margins. A modality of the student without a teacher is left out of the sum, and so is,
                 sample by sample, one whose teacher was not asked.
         """
-        only = {m: student.only(m) for m in student.modalities}
-        without = {m: student.without(m) for m in student.modalities}
-        taught = [m for m in student.modalities if m in teachers]
+        only, without = ([of(m) for m in student.modalities] for of in (student.only, student.without))
+        taught = [n for n, m in enumerate(student.modalities) if m in teachers]
+        said = [teachers[student.modalities[n]] for n in taught]
         # Effects have no gradient: of three modalities or more, nobody differentiates the views without one.
-        with student.constant({*without.values()} - {*only.values()}):
-            output = student.step(ranking, [*only.values(), *without.values()], distillation, [only[m] for m in taught])
-        margins: dict[View, Tensor] = output.ranking
+        with student.constant({*without} - {*only}):
+            output = student.step(ranking, [*only, *without], distillation, [only[n] for n in taught])
+        joint = output.ranking[student.joint]
+        if not taught:
+            kd = torch.zeros_like(joint[:0].sum())
+            terms = {**output.loss_terms, "kd": kd}
+            return ObjectiveOutput(torch.stack(list(terms.values())).sum(), terms, joint)
 
-        detached = {view: margin.detach() for view, margin in margins.items()}
-        effects = causal_effects(detached[student.joint], {m: detached[v] for m, v in without.items()}, {m: detached[v] for m, v in only.items()})
+        alone = torch.stack([output.ranking[only[n]] for n in taught])
+        with torch.no_grad():
+            effects = causal_effects(joint, torch.stack([output.ranking[without[n]] for n in taught]), alone)
+        asked = _masks([(one.asked_ranking, one.ranking) for one in said])
+        asked_pairs = _masks([(one.asked_distillation, one.distillation) for one in said])
         if self.reweight and len(taught) > 1:
-            asked = {m: mask for m in taught if (mask := teachers[m].asked_ranking) is not None}
-            weights = modality_weights({m: effects[m] for m in taught}, asked)
+            weights = modality_weights(effects, asked)
         else:
-            weights = {m: _ones(detached[student.joint], teachers[m].asked_ranking) for m in taught}
+            weights = torch.ones_like(effects) if asked is None else asked.to(effects.dtype)
 
-        parts: dict[str, ModalityTerms] = {}
-        per_sample = torch.zeros_like(detached[student.joint])
-        for m in taught:
-            h = specific_loss(teachers[m].ranking, margins[only[m]])
-            g = generic_loss(teachers[m].distillation, output.distillation[only[m]], self.temperature, teachers[m].asked_distillation)
-            asked_of_m = teachers[m].asked_ranking, teachers[m].asked_distillation
-            parts[m] = ModalityTerms(margins[only[m]], h, g, effects[m], weights[m], *asked_of_m)
-            if self.specific:
-                per_sample = per_sample + weights[m] * h
-            if self.generic:
-                per_sample = per_sample + weights[m] * (self.kappa * g)
-        kd = self.rho * per_sample.mean()
-        terms = {**output.loss_terms, "kd": kd}
-        return ObjectiveOutput(torch.stack(list(terms.values())).sum(), terms, margins[student.joint], per_sample, parts)
+        h = specific_loss(torch.stack([one.ranking for one in said]), alone)
+        pairs = torch.stack([output.distillation[only[n]] for n in taught])
+        g = generic_loss(torch.stack([one.distillation for one in said]), pairs, self.temperature, asked_pairs)
+        parts = ([h] if self.specific else []) + ([self.kappa * g.unsqueeze(1)] if self.generic else [])
+        per_sample = (weights * sum(parts)).sum(0) if parts else torch.zeros_like(joint)
+        terms = {**output.loss_terms, "kd": self.rho * per_sample.mean()}
+        distilled = DistillationTerms(tuple(student.modalities[n] for n in taught), alone, h, g, effects, weights, asked, asked_pairs)
+        return ObjectiveOutput(torch.stack(list(terms.values())).sum(), terms, joint, per_sample, distilled)
 
 
-def _ones(like: Tensor, asked: Tensor | None) -> Tensor:
-    return torch.ones_like(like) if asked is None else asked.to(like.dtype)
+def _masks(masks: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor | None:
+    """Masks of some modalities, each with what it is a mask of, as one: True where there is none. None where none has any."""
+    if all(mask is None for mask, _ in masks):
+        return None
+    return torch.stack([torch.ones_like(like, dtype=torch.bool) if mask is None else mask for mask, like in masks])
 
 
 @dataclass(frozen=True)

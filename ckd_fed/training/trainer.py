@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ckd_fed.backbones.base import Backbone, Embeddings, Triples, View
+from ckd_fed.backbones.inverted import distinct
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
@@ -116,7 +117,7 @@ class Trainer:
                     output.loss.backward()
                     self.balancing.step(self.backbone, self.optimizer)
                     self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
-                    means.update(_numbers(output, counterfactual=self.backbone.scores_use_features))
+                    means.update(*_numbers(output, counterfactual=self.backbone.scores_use_features))
         finally:
             self.optimizer.settle()
             self.optimizer.zero_grad()
@@ -132,7 +133,7 @@ class Trainer:
             return
         batches = [ranking] if distillation is None else [ranking, distillation]
         users, items = [b.users for b in batches], [part for b in batches for part in (b.first, b.second)]
-        rows = {"users": torch.cat(users).unique(), "items": torch.cat(items).unique()}
+        rows = {"users": distinct(torch.cat(users)), "items": distinct(torch.cat(items))}
         self.optimizer.catch_up({name: rows[of] for name, of in self.backbone.row_tables.items()})
 
     def _generator(self, epoch: int, purpose: str = "ckd-epoch-1") -> torch.Generator:
@@ -240,15 +241,11 @@ class Means:
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], tuple[Tensor, Tensor | float]] = {}  # names of a step's numbers -> sums of them and of their weights
 
-    def update(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
-        """Add a step's scalars, each with its weight."""
-        names = tuple(values)
-        numbers = torch.stack([number.detach() for number, _ in values.values()]).double()
-        weights: Tensor | float = 1.0
-        if any(isinstance(weight, Tensor) or weight != 1 for _, weight in values.values()):
-            weights = torch.stack([weight.double() if isinstance(weight, Tensor) else numbers.new_full((), weight) for _, weight in values.values()])
-        total, weight = self._sums.get(names, (0.0, 0.0))
-        self._sums[names] = total + numbers * weights, weight + weights
+    def update(self, names: Sequence[str], numbers: Tensor, weights: Tensor | None = None) -> None:
+        """Add a step's numbers ``(n,)``, each with its weight ``(n,)``, which is 1 by default."""
+        numbers, key = numbers.detach().double(), tuple(names)
+        total, weight = self._sums.get(key, (0.0, 0.0))
+        self._sums[key] = (total + numbers, weight + 1.0) if weights is None else (total + numbers * weights, weight + weights)
 
     def compute(self) -> Values:
         """The means; of an effect the lowest, of anything else 0, where no step had any weight."""
@@ -259,10 +256,13 @@ class Means:
         return values
 
 
-def _numbers(output: ObjectiveOutput, *, counterfactual: bool) -> dict[str, tuple[Tensor, Tensor | float]]:
-    """A step's numbers with their weights; effects and weights of modalities only where they mean anything."""
-    values: dict[str, tuple[Tensor, Tensor | float]] = {"loss/total": (output.loss, 1.0)}
-    values.update({f"loss/{name}": (term, 1.0) for name, term in output.terms.items()})
-    for modality, part in output.modalities.items():
-        values.update({f"{name}/{modality}": pair for name, pair in part.means(counterfactual=counterfactual).items()})
-    return values
+def _numbers(output: ObjectiveOutput, *, counterfactual: bool) -> tuple[list[str], Tensor, Tensor | None]:
+    """A step's numbers with their names and weights; effects and weights of modalities only where they mean anything."""
+    names = ["loss/total", *(f"loss/{name}" for name in output.terms)]
+    numbers = torch.stack([output.loss, *output.terms.values()]).detach()
+    if output.distilled is None:
+        return names, numbers, None
+    with torch.no_grad():
+        more, means, shares = output.distilled.means(counterfactual=counterfactual)
+    weights = None if shares is None else torch.cat([torch.ones_like(numbers, dtype=torch.double), shares])
+    return [*names, *more], torch.cat([numbers, means]), weights

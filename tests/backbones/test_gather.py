@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ckd_fed.backbones import gather as gather_module
 from ckd_fed.backbones.base import Triples
-from ckd_fed.backbones.gather import Gather, add_rows, block_margins, compacted, differences, gather_rows, margin
+from ckd_fed.backbones.gather import Gather, Index, block_margins, compacted, differences, gather_rows, margin
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def test_equals_plain_indexing_with_repeated_rows(generator, dtype):
     table = torch.randn(7, 3, dtype=dtype, generator=generator, requires_grad=True)
     index = torch.tensor([0, 3, 3, 6])
     pairs = (torch.tensor([1, 1, 5, 2, 3]), torch.tensor([2, 2, 5, 1, 0]))  # one pair is of one item with itself
-    rows, difference = gather_rows(table, index, pairs)
+    rows, difference = gather_rows(table, Index(index, pairs))
     assert torch.equal(rows, table[index])
     assert torch.equal(difference, table[pairs[0]] - table[pairs[1]])  # the same bits
     weights = [torch.randn(x.shape, dtype=dtype, generator=generator) for x in (rows, difference)]
@@ -31,7 +31,7 @@ def test_equals_plain_indexing_with_repeated_rows(generator, dtype):
 def test_gradient_of_either_output_alone(generator):
     table = torch.randn(5, 2, generator=generator, requires_grad=True)
     index, pairs = torch.tensor([4, 4]), (torch.tensor([0]), torch.tensor([1]))
-    rows, difference = gather_rows(table, index, pairs)
+    rows, difference = gather_rows(table, Index(index, pairs))
     alone = [torch.autograd.grad(output.sum(), table, retain_graph=True)[0] for output in (rows, difference)]
     torch.testing.assert_close(alone[0], torch.tensor([[0.0, 0], [0, 0], [0, 0], [0, 0], [2, 2]]))
     torch.testing.assert_close(alone[1], torch.tensor([[1.0, 1], [-1, -1], [0, 0], [0, 0], [0, 0]]))
@@ -40,8 +40,8 @@ def test_gradient_of_either_output_alone(generator):
 def test_gradcheck(generator):
     table = torch.randn(6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
     index, pairs = torch.tensor([0, 0, 5]), (torch.tensor([1, 2]), torch.tensor([2, 2]))
-    assert torch.autograd.gradcheck(lambda x: gather_rows(x, index, pairs), (table,))
-    assert torch.autograd.gradcheck(lambda x: gather_rows(x, index)[0], (table,))
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, Index(index, pairs)), (table,))
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, Index(index))[0], (table,))
 
 
 def test_margins_of_both_batches(generator):
@@ -72,13 +72,13 @@ def test_differences_need_no_gradient(generator):
     assert torch.equal(F.embedding(torch.tensor([3]), table) - table[2], differences(table, (torch.tensor([3]), torch.tensor([2]))))
 
 
-def test_rows_are_added_in_the_order_of_the_index(generator):
-    """To the bits of torch's own index_add_, on which training depends."""
-    table, rows = torch.randn(50, 64, generator=generator), torch.randn(3000, 64, generator=generator)
-    index = torch.randint(50, (3000,), generator=generator)
-    expected = table.clone().index_add_(0, index, rows, alpha=-1)
-    add_rows(table, index, -rows)
-    assert torch.equal(table, expected)
+def test_gradients_are_added_in_the_order_of_the_index(generator):
+    """To the bits of torch's own index_add_, with any number of threads: training depends on it."""
+    table, index = torch.zeros(50, 64, requires_grad=True), torch.randint(50, (3000,), generator=generator)
+    gradient = torch.randn(3000, 64, generator=generator)
+    rows, _ = gather_rows(table, Index(index))
+    rows.backward(gradient)
+    assert torch.equal(table.grad, torch.zeros(50, 64).index_add_(0, index, gradient))
 
 
 def test_compacted_indices_are_positions_among_the_distinct_ones():
@@ -100,8 +100,12 @@ def block_tables(generator):
 def of_a_block(users, items, distillation, where):
     """What a block adds, as a list: from tables of all items, or of the rows of those that are asked for."""
     gather = Gather(RANKING, distillation)
-    at = {"all": None, "distinct": gather.distinct_items(len(items)), "as they come": gather.all_items()}[where]
-    found = block_margins(users, items if at is None else items[at.rows], gather, at)
+    if where == "all":
+        table, at = items, gather.items
+    else:
+        rows, at = gather.own_items(len(items), distinct=where == "distinct")
+        table = items[rows]
+    found = block_margins(users, table, gather.users, at)
     assert (found.distillation is None) == (distillation is None)
     return [part for part in found if part is not None]
 

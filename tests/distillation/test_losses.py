@@ -52,3 +52,22 @@ def test_generic_loss_survives_any_margin(dtype):
     loss.backward()
     assert loss.item() == pytest.approx(-math.log(1e-8), rel=0.02)
     assert torch.isfinite(student.grad).all()
+
+
+def test_generic_loss_of_several_modalities_is_each_ones_own():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(2, 3, 8, dtype=torch.float64, generator=generator)
+    asked = torch.rand(3, 8, generator=generator) < 0.5
+    asked[2] = False
+    found = generic_loss(teacher, student, 0.5, asked)
+    for n in (0, 1):
+        assert found[n].item() == pytest.approx(generic_loss(teacher[n][asked[n]], student[n][asked[n]], 0.5).item(), rel=1e-13)
+    assert found[2] == 0
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_generic_loss_has_its_own_derivative(some):
+    generator = torch.Generator().manual_seed(1)
+    teacher, student = torch.randn(2, 2, 6, dtype=torch.float64, generator=generator)
+    asked = torch.rand(2, 6, generator=generator) < 0.5 if some else None
+    assert torch.autograd.gradcheck(lambda margin: generic_loss(teacher, margin, 0.3, asked), (student.requires_grad_(),))

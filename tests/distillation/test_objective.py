@@ -109,12 +109,14 @@ def test_a_teacher_that_was_not_asked_has_no_part(student, n_modalities, reweigh
     assert seen == set(range(n_modalities + 1))
     m = model.modalities[0]
     counted = teachers[m].asked_ranking
-    means = output.modalities[m].means(counterfactual=True)
+    names, values, shares = output.distilled.means(counterfactual=True)
+    means = {name: (value.item(), share.item()) for name, value, share in zip(names, values, shares, strict=True)}
+    assert set(means) == {f"{name}/{m}" for name in ("generic", "specific", "effect", "weight") for m in model.modalities}
     for name in ("specific", "effect", "weight"):
-        mean, share = means[name]
-        assert mean.item() == pytest.approx(getattr(output.modalities[m], name)[counted].mean().item())
-        assert share.item() == pytest.approx(counted.double().mean().item())
-    assert means["generic"][1].item() == pytest.approx(teachers[m].asked_distillation.double().mean().item())
+        mean, share = means[f"{name}/{m}"]
+        assert mean == pytest.approx(getattr(output.modalities[m], name)[counted].mean().item())
+        assert share == pytest.approx(counted.double().mean().item())
+    assert means[f"generic/{m}"][1] == pytest.approx(teachers[m].asked_distillation.double().mean().item())
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model, output.loss).values())
 
 

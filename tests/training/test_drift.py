@@ -56,7 +56,7 @@ class Table(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, generator=generator, dtype=torch.float64).to(dtype))
 
     def loss(self, index: Tensor) -> Tensor:
-        read, _ = gather.gather_rows(self.rows, index)
+        read, _ = gather.gather_rows(self.rows, gather.Index(index))
         return (read * self.weight - 1).square().sum(1).sqrt().mean() * 1e-4
 
 

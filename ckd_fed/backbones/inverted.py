@@ -1,0 +1,71 @@
+"""Indices the other way round: for each row of a table, the places of an index that name it.
+
+What is gathered by an index has a gradient that sums, row by row, over the places that name it. By the inverted index that is a sum of
+bags, which torch takes with all threads and without filling a table with zeros first; scattering adds one row after the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ascending(numbers: np.ndarray) -> np.ndarray:
+    """Places of whole numbers, from 0 to below 2^32, in ascending order of the numbers and of equal ones as they come.
+
+    numpy sorts numbers of 16 bits by radix: 14,000 of them in 28 us, where its sort of int64 and torch's take 540 (one core). Larger ones
+    take two passes.
+    """
+    places = np.argsort(numbers.astype(np.uint16), kind="stable")
+    if len(numbers) and numbers.max() >= 1 << 16:
+        places = places[np.argsort((numbers[places] >> 16).astype(np.uint16), kind="stable")]
+    return places
+
+
+class Inverted:
+    """An inverted index, on the CPU.
+
+    Args:
+        index: numbers of rows, ``(k,)`` int64.
+        n: rows of the table, each of which has a bag; None for bags of those alone that the index names.
+
+    Attributes:
+        places: of the index, ascending by what they name, ``(k,)``.
+        starts: where in :attr:`places` the bag of each row starts.
+        rows: numbers of the rows that have a bag, ascending; None for all n.
+    """
+
+    def __init__(self, index: Tensor, n: int | None = None) -> None:
+        numbers = index.numpy()
+        places = ascending(numbers)
+        self.rows: Tensor | None = None
+        if n is None:
+            ordered = numbers[places]
+            starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else places
+            self.rows = torch.from_numpy(ordered[starts])
+        else:
+            starts = np.zeros(n, dtype=np.int64)
+            np.cumsum(np.bincount(numbers, minlength=n)[:-1], out=starts[1:])
+        self.places, self.starts = torch.from_numpy(places), torch.from_numpy(starts)
+
+    def sums(self, source: Tensor, at: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
+        """Of each bag, the sum over its places of a row of the source, times a factor, in the order of the index.
+
+        Args:
+            source: ``(m, d)``, without gradient.
+            at: the source's row at each of :attr:`places`, ``(k,)``; by default the place itself.
+            factors: at each of :attr:`places`, ``(k,)``, or none.
+
+        Returns:
+            ``(number of bags, d)``; 0 where a bag is empty.
+        """
+        return F.embedding_bag(self.places if at is None else at, source, self.starts, mode="sum", per_sample_weights=factors)
+
+
+def distinct(index: Tensor) -> Tensor:
+    """The distinct numbers of an index on the CPU, ascending: ``unique``, in a fraction of its time."""
+    rows = Inverted(index).rows
+    assert rows is not None
+    return rows
