@@ -224,12 +224,16 @@ def block_margins(users: Tensor, items: Tensor, of_users: Index, of_items: Index
         items: ``(n_items, d)``, or rows of some items.
         of_users, of_items: where both batches' are in them, as :class:`Gather` has them.
     """
-    if users.device.type == "cpu":
-        return BlockMargins(*_BlockMargins.apply(users, items, of_users, of_items))
+    return BlockMargins(*(_BlockMargins.apply if users.device.type == "cpu" else composed_margins)(users, items, of_users, of_items))
+
+
+def composed_margins(users: Tensor, items: Tensor, of_users: Index, of_items: Index) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What :func:`block_margins` gives, of torch's own operations: for other devices."""
     by_user, (ranked, difference) = F.embedding(of_users.rows, users), gather_rows(items, of_items)
     b = len(ranked) // 2
-    margins = (by_user[:b] * (ranked[:b] - ranked[b:])).sum(-1), None if difference is None else (by_user[b:] * difference).sum(-1)
-    return BlockMargins(*margins, by_user[:b].square().sum() + ranked.square().sum())
+    ranking = (by_user[:b] * (ranked[:b] - ranked[b:])).sum(-1)
+    squares = by_user[:b].square().sum() + ranked.square().sum()
+    return ranking, None if difference is None else (by_user[b:] * difference).sum(-1), squares
 
 
 def compacted(n: int, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ckd_fed.backbones import gather as gather_module
 from ckd_fed.backbones.base import Triples
-from ckd_fed.backbones.gather import Gather, Index, block_margins, compacted, differences, gather_rows, margin
+from ckd_fed.backbones.gather import Gather, Index, block_margins, compacted, composed_margins, differences, gather_rows, margin
 
 
 @pytest.fixture
@@ -122,6 +122,9 @@ def test_margins_of_a_block(block_tables, distillation, where):
     expected = [*margins, torch.stack([row.square().sum() for row in rows]).sum()]
     torch.testing.assert_close(found, expected)
     assert torch.autograd.gradcheck(lambda *tables: of_a_block(*tables, distillation, where), block_tables)
+    gather = Gather(RANKING, distillation)
+    composed = [part for part in composed_margins(users, items, gather.users, gather.items) if part is not None]
+    torch.testing.assert_close(composed, expected)  # what other devices than a CPU compute
     for part, other in zip(found, expected, strict=True):  # each alone: the others then have no gradient
         ours = torch.autograd.grad(part.sum(), block_tables, retain_graph=True)
         torch.testing.assert_close(ours, torch.autograd.grad(other.sum(), block_tables, retain_graph=True))
