@@ -34,9 +34,10 @@ from ckd_fed.training.trainer import Trainer
 TIKTOK = (9_308, 6_710, 59_541, {"image": 128, "audio": 128})
 #: Kind of operation -> parts of the names of torch's operators, first match counts.
 KINDS = {
-    "sparse products": ("sparse", "embedding_bag"),  # a row of a constant matrix times a table is a weighted bag of its rows
+    # A row of a constant matrix times a table is a weighted bag of its rows, and so is a row of the gradient of what was gathered.
+    "sparse products and bags": ("sparse", "embedding_bag"),
     "dense products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addbmm", "aten::baddbmm"),
-    "gathers and their gradients": ("index", "embedding", "gather", "scatter"),
+    "gathers": ("index", "embedding", "gather", "scatter"),
     "Adam": ("adam",),
 }
 SEARCHES = ("aten::sort", "aten::topk", "aten::argsort", "aten::unique", "aten::_unique2", "aten::coalesce")
