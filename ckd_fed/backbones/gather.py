@@ -8,7 +8,7 @@ a parameter that is much larger than what is read of it is sparse: the rows that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -73,6 +73,12 @@ class Index:
         """From what :attr:`parts` gives."""
         return cls(parts[0], (parts[1], parts[2]) if len(parts) > 1 else None)
 
+    @cached_property
+    def halves(self) -> Pairs:
+        """The first half of the rows and the second, with the first and second rows of the differences after them."""
+        first, second = self.rows.chunk(2)
+        return (first, second) if self.pairs is None else (torch.cat([first, self.pairs[0]]), torch.cat([second, self.pairs[1]]))
+
     @property
     def parts(self) -> list[Tensor]:
         """Rows, and first and second rows of the differences where there are any."""
@@ -117,13 +123,17 @@ class _Gradient:
         if index.pairs:
             self._at, self._signs = (of[self._bags.places] for of in _read_at(len(index.rows), len(index.pairs[0]), kind.dtype))
 
-    def __call__(self, of_read: Tensor) -> Tensor:
+    def __call__(self, of_read: Tensor, factors: Tensor | None = None) -> Tensor:
         """The table's gradient.
 
         Args:
             of_read: gradient of the rows, then of the differences, that were read, ``(n + k, d)``.
+            factors: by which its rows are multiplied first, ``(n + k,)``.
         """
-        sums = self._bags.sums(of_read, self._at, self._signs)
+        weights = self._signs
+        if factors is not None:
+            weights = factors[self._at] if weights is None else factors[self._at].mul_(weights)
+        sums = self._bags.sums(of_read, self._at, weights)
         if self._bags.rows is None:
             return sums
         shape = (self._n, *sums.shape[1:])
@@ -290,41 +300,51 @@ class _Gather(torch.autograd.Function):
 
 
 class _BlockMargins(torch.autograd.Function):
-    """With u_n, i_n, j_n the rows of a batch: r_n = u_n . (i_n - j_n) of both batches, and the sum of squares of the ranking batch's."""
+    """With u_n, i_n, j_n the rows of a batch: r_n = u_n . (i_n - j_n) of both batches, and the sum of squares of the ranking batch's.
+
+    Gradients of the distillation batch are a factor times a row that is there, g_n (i_n - j_n) and +-g_n u_n, and are summed without being laid out;
+    those of the ranking batch, with its squares', are laid out before them.
+    """
 
     @staticmethod
     def forward(ctx: Any, users: Tensor, items: Tensor, of_users: Index, of_items: Index) -> tuple[Tensor, Tensor | None, Tensor]:
         ctx.set_materialize_grads(False)
-        by_user, ranked = F.embedding(of_users.rows, users), F.embedding(of_items.rows, items)
-        b = len(ranked) // 2
-        apart = ranked[:b] - ranked[b:]
-        difference = None if of_items.pairs is None else differences(items, of_items.pairs)
-        ctx.save_for_backward(by_user, ranked, apart, difference)
+        b = len(of_items.rows) // 2
+        mine, ranked = F.embedding(of_users.rows[:b], users), F.embedding(of_items.rows, items)
+        first, second = ranked.split(b)
+        apart = first - second
+        ctx.save_for_backward(mine, ranked, apart)
         ctx.indices, ctx.kinds = (of_users, of_items), (of_users.kind(users), of_items.kind(items))
-        squares = _squares(by_user[:b]) + _squares(ranked)
-        ranking = (by_user[:b] * apart).sum(-1)
-        return ranking, None if difference is None else (by_user[b:] * difference).sum(-1), squares
+        ranking, squares = (mine * apart).sum(-1), _squares(mine) + _squares(ranked)
+        if of_items.pairs is None:
+            return ranking, None, squares
+        # In front of each there is room for the ranking batch's gradients.
+        ctx.apart = differences(items, of_items.halves)
+        ctx.theirs = users.new_empty((len(of_users.rows) + b, users.shape[1]))
+        theirs = torch.index_select(users, 0, of_users.rows[b:], out=ctx.theirs[2 * b :])
+        return ranking, (theirs * ctx.apart[b:]).sum(-1), squares
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, ranking: Tensor | None, distillation: Tensor | None, squares: Tensor | None) -> tuple[Tensor | None, ...]:
-        by_user, ranked, apart, difference = ctx.saved_tensors
-        b, n = len(apart), len(by_user)
-        twice = by_user.new_zeros(()) if squares is None else 2 * squares
-        to_users, to_items = torch.empty_like(by_user), by_user.new_empty((n + b, by_user.shape[1]))
-        torch.mul(by_user[:b], twice, out=to_users[:b])
+        (of_users, of_items), (users, items) = ctx.indices, ctx.kinds
+        mine, ranked, apart = ctx.saved_tensors
+        b, factors = len(mine), None
+        to_users, to_items = (torch.empty_like(mine), torch.empty_like(ranked)) if of_items.pairs is None else (ctx.apart, ctx.theirs)
+        twice = mine.new_zeros(()) if squares is None else 2 * squares
+        torch.mul(mine, twice, out=to_users[:b])
         torch.mul(ranked, twice, out=to_items[: 2 * b])
         if ranking is not None:
             signal = ranking.unsqueeze(1)
             to_users[:b].addcmul_(apart, signal)
-            of_pair = by_user[:b] * signal
+            of_pair = mine * signal
             to_items[:b] += of_pair
             to_items[b : 2 * b] -= of_pair
-        if difference is not None:
-            signal = by_user.new_zeros((n - b, 1)) if distillation is None else distillation.unsqueeze(1)
-            torch.mul(difference, signal, out=to_users[b:])
-            torch.mul(by_user[b:], signal, out=to_items[2 * b :])
-        return *(index.gradient(kind)(of_read) for index, kind, of_read in zip(ctx.indices, ctx.kinds, (to_users, to_items), strict=True)), None, None
+        if of_items.pairs is not None:
+            signal = mine.new_zeros(len(to_users) - b) if distillation is None else distillation
+            factors = torch.cat([mine.new_ones(2 * b), signal])
+        of_both = of_items.gradient(items)(to_items, factors)
+        return of_users.gradient(users)(to_users, None if factors is None else factors[b:]), of_both, None, None
 
 
 def _squares(rows: Tensor) -> Tensor:
