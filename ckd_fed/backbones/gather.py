@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckd_fed.backbones.inverted import Inverted
+from ckd_fed.backbones.inverted import Inverted, compacted
 
 if TYPE_CHECKING:
     from ckd_fed.backbones.base import Triples
@@ -177,16 +177,15 @@ class Gather:
         """Rows of the ranking batch, ``(2B, d)``, and differences of the distillation batch, ``(K, d)``."""
         return gather_rows(table, self.items)
 
-    def own_items(self, n_items: int, *, distinct: bool) -> tuple[Tensor, Index]:
+    def own_items(self, *, distinct: bool) -> tuple[Tensor, Index]:
         """Which items a table of both batches' items alone has in its rows, and where it is read; found once a step.
 
         Args:
-            n_items: all there are.
             distinct: each once, ascending, for which a GPU has to be waited for; or as they come.
         """
         if distinct not in self._own:
             if distinct:
-                rows, parts = compacted(n_items, self.items.parts)
+                rows, parts = compacted(self.items.parts)
             else:
                 rows = torch.cat(self.items.parts)
                 parts = list(torch.arange(len(rows), device=rows.device).split([len(part) for part in self.items.parts]))
@@ -227,7 +226,7 @@ def block_margins(users: Tensor, items: Tensor, of_users: Index, of_items: Index
     """Margins of one block from its tables.
 
     On a CPU one operation with its own backward, which makes a step of VBPR on TikTok a twelfth faster than margins of gathered rows do (one and two
-    threads): nothing is split or joined on the way back, and squares cost one pass each way.
+    threads): no rows are split or joined on the way back, and squares cost one pass each way.
 
     Args:
         users: ``(n_users, d)``.
@@ -244,20 +243,6 @@ def composed_margins(users: Tensor, items: Tensor, of_users: Index, of_items: In
     ranking = (by_user[:b] * (ranked[:b] - ranked[b:])).sum(-1)
     squares = by_user[:b].square().sum() + ranked.square().sum()
     return ranking, None if difference is None else (by_user[b:] * difference).sum(-1), squares
-
-
-def compacted(n: int, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The distinct numbers of some index tensors in ascending order, and the indices as positions among these.
-
-    Args:
-        n: all numbers are below it.
-        indices: of any shapes.
-    """
-    found = torch.zeros(n, dtype=torch.bool, device=indices[0].device)
-    for index in indices:
-        found[index] = True
-    position = found.cumsum(0) - 1
-    return found.nonzero().squeeze(1), [position[index] for index in indices]
 
 
 def differences(table: Tensor, pairs: Pairs) -> Tensor:

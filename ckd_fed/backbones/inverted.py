@@ -6,6 +6,8 @@ bags, which torch takes with all threads and without filling a table with zeros 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -69,3 +71,21 @@ def distinct(index: Tensor) -> Tensor:
     rows = Inverted(index).rows
     assert rows is not None
     return rows
+
+
+def compacted(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The distinct numbers of some index tensors in ascending order, and the indices, of any shapes, as positions among these.
+
+    Other devices than a CPU are waited for.
+    """
+    flat = torch.cat([index.reshape(-1) for index in indices])
+    if flat.device.type == "cpu":
+        inverted = Inverted(flat)
+        assert inverted.rows is not None
+        rows, sizes = inverted.rows, np.diff(inverted.starts.numpy(), append=len(flat))
+        positions = torch.empty_like(flat)
+        positions[inverted.places] = torch.from_numpy(np.repeat(np.arange(len(rows)), sizes))
+    else:
+        rows, positions = flat.unique(return_inverse=True)
+    parts = positions.split([index.numel() for index in indices])
+    return rows, [part.view(index.shape) for part, index in zip(parts, indices, strict=True)]

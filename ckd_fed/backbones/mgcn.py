@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Embeddings, Pass, RankingBatch, StepOutput, Triples, View
 from ckd_fed.backbones.contrastive import checked_temperature, info_nce
-from ckd_fed.backbones.gather import compacted
 from ckd_fed.backbones.graph import Propagation, light_gcn, symmetric_normalised_adjacency
+from ckd_fed.backbones.inverted import compacted
 from ckd_fed.backbones.item_graph import ItemGraphBackbone, normalise, total
 from ckd_fed.data.interactions import Interactions
 
@@ -100,8 +100,8 @@ class MGCN(ItemGraphBackbone):
     def compute_step(self, asked: Asked) -> StepOutput:
         """As :meth:`Backbone.compute_step`; what follows the graphs is row by row, and only the rows of the batches are computed."""
         batches = [asked.ranking] if asked.distillation is None else [asked.ranking, asked.distillation]
-        users, of_users = compacted(self.n_users, [batch.users for batch in batches])
-        items, of_items = compacted(self.n_items, [torch.stack([batch.first, batch.second]) for batch in batches])
+        users, of_users = compacted([batch.users for batch in batches])
+        items, of_items = compacted([torch.stack([batch.first, batch.second]) for batch in batches])
         done = self._pass(asked.views, len(users), torch.cat([users, items + self.n_users]))
         local = [Triples(mine, *both) for mine, both in zip(of_users, of_items, strict=True)]
         return self.read(done, replace(asked, ranking=local[0], distillation=local[1] if len(local) > 1 else None))

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import Gather, Index, compacted, gather_rows
+from ckd_fed.backbones.gather import Gather, Index, gather_rows
 from ckd_fed.backbones.graph import Propagation, row_normalised_adjacency
+from ckd_fed.backbones.inverted import compacted
 from ckd_fed.backbones.projection import project
 from ckd_fed.data.interactions import Interactions
 
@@ -186,7 +187,7 @@ class MMGCN(Backbone):
         parts = [torch.cat([users, ranking]), *pairs]  # (B + K + 2B,), (K,), (K,)
         wanted = None
         if users.device.type == "cpu":
-            nodes, parts = compacted(self.n_users + self.n_items, parts)
+            nodes, parts = compacted(parts)
             wanted = Index(nodes)
         index = Index.of_parts(parts)
         branches, differences = {}, {}

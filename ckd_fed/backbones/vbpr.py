@@ -133,9 +133,9 @@ class VBPR(Backbone):
         features, linear = self.features(modality), self.projection[modality]
         n = len(gather.items)
         if pays(features, n):
-            rows, at = gather.own_items(self.n_items, distinct=True)
+            rows, at = gather.own_items(distinct=True)
             return project_rows(features, rows, linear), at
         if n >= self.n_items:
             return project(features, linear), gather.items
-        rows, at = gather.own_items(self.n_items, distinct=False)
+        rows, at = gather.own_items(distinct=False)
         return project(F.embedding(rows, features), linear), at

@@ -45,7 +45,7 @@ def generic_loss(teacher_margin: Tensor, student_margin: Tensor, temperature: fl
 
 
 class _GenericLoss(torch.autograd.Function):
-    """One operation with its derivative, ``q (1 - q) / t * ((1 - p) / (1 - q + 1e-8) - p / (q + 1e-8))`` a pair: a third of the operations."""
+    """One operation with its derivative, ``q (1 - q) / t * ((1 - p) / (1 - q + 1e-8) - p / (q + 1e-8))`` a pair: half of the operations."""
 
     @staticmethod
     def forward(ctx: Any, teacher_margin: Tensor, student_margin: Tensor, temperature: float, asked: Tensor | None) -> Tensor:

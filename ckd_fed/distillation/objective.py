@@ -154,8 +154,7 @@ class DistillationObjective:
             output = student.step(ranking, [*only, *without], distillation, [only[n] for n in taught])
         joint = output.ranking[student.joint]
         if not taught:
-            kd = torch.zeros_like(joint[:0].sum())
-            terms = {**output.loss_terms, "kd": kd}
+            terms = {**output.loss_terms, "kd": joint.new_zeros(())}
             return ObjectiveOutput(torch.stack(list(terms.values())).sum(), terms, joint)
 
         alone = torch.stack([output.ranking[only[n]] for n in taught])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ckd_fed.backbones import gather as gather_module
 from ckd_fed.backbones.base import Triples
-from ckd_fed.backbones.gather import Gather, Index, block_margins, compacted, composed_margins, differences, gather_rows, margin
+from ckd_fed.backbones.gather import Gather, Index, block_margins, composed_margins, differences, gather_rows, margin
 
 
 @pytest.fixture
@@ -81,13 +81,6 @@ def test_gradients_are_added_in_the_order_of_the_index(generator):
     assert torch.equal(table.grad, torch.zeros(50, 64).index_add_(0, index, gradient))
 
 
-def test_compacted_indices_are_positions_among_the_distinct_ones():
-    rows, (one, two) = compacted(9, [torch.tensor([7, 2, 7]), torch.tensor([[0, 2], [8, 0]])])
-    assert rows.tolist() == [0, 2, 7, 8]
-    assert one.tolist() == [2, 1, 2]
-    assert two.tolist() == [[0, 1], [3, 0]]
-
-
 RANKING = Triples(torch.tensor([0, 2, 4]), torch.tensor([1, 1, 7]), torch.tensor([0, 3, 2]))
 DISTILLATION = Triples(torch.tensor([4, 4, 0, 1]), torch.tensor([6, 0, 1, 5]), torch.tensor([6, 5, 0, 1]))
 
@@ -103,7 +96,7 @@ def of_a_block(users, items, distillation, where):
     if where == "all":
         table, at = items, gather.items
     else:
-        rows, at = gather.own_items(len(items), distinct=where == "distinct")
+        rows, at = gather.own_items(distinct=where == "distinct")
         table = items[rows]
     found = block_margins(users, table, gather.users, at)
     assert (found.distillation is None) == (distillation is None)

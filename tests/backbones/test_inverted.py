@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckd_fed.backbones.inverted import Inverted, ascending, distinct
+from ckd_fed.backbones.inverted import Inverted, ascending, compacted, distinct
 
 
 @pytest.mark.parametrize("high", [1, 7, 1 << 16, (1 << 16) + 1, 3_000_000, 1 << 32])
@@ -42,3 +42,20 @@ def test_sums_of_other_rows_with_factors():
 def test_without_places_all_bags_are_empty():
     assert Inverted(torch.empty(0, dtype=torch.int64), 3).sums(torch.empty(0, 2)).tolist() == [[0, 0]] * 3
     assert Inverted(torch.empty(0, dtype=torch.int64)).sums(torch.empty(0, 2)).shape == (0, 2)
+
+
+def test_compacted_indices_are_positions_among_the_distinct_ones():
+    rows, (one, two) = compacted([torch.tensor([7, 2, 7]), torch.tensor([[0, 2], [8, 0]])])
+    assert rows.tolist() == [0, 2, 7, 8]
+    assert one.tolist() == [2, 1, 2]
+    assert two.tolist() == [[0, 1], [3, 0]]
+
+
+def test_compacted_equals_what_torch_finds():
+    generator = torch.Generator().manual_seed(0)
+    indices = [torch.randint(90_000, shape, generator=generator) for shape in ((4000,), (2, 300), (0,))]
+    rows, positions = compacted(indices)
+    expected, inverse = torch.cat([index.reshape(-1) for index in indices]).unique(return_inverse=True)
+    assert torch.equal(rows, expected)
+    assert torch.equal(torch.cat([part.reshape(-1) for part in positions]), inverse)
+    assert [part.shape for part in positions] == [index.shape for index in indices]
