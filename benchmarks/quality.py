@@ -4,9 +4,10 @@
     python benchmarks/quality.py table                     # from all that is there; what was not run stands there as not run
 
 ``run`` trains each model to early stopping with the published hyper-parameters and appends one line to ``--results`` (JSON lines) for
-each. A model that is in that file is not trained again, so an interrupted call goes on where it stopped, and files from several
-machines can be concatenated. DIR holds the dataset's folder. Teachers' tables are kept in ``--cache`` for the students that need them,
-and every model's test metrics by user, from which the call ends by testing distilled against plain over users (paired t-test).
+each. A model that is in that file is not trained again, and one that was cut off goes on from its last validation, so an interrupted call
+goes on where it stopped; files from several machines can be concatenated. DIR holds the dataset's folder. Teachers' tables are kept in
+``--cache`` for the students that need them, unfinished models, and every model's test metrics by user, from which the call ends by testing
+distilled against plain over users (paired t-test).
 
 Plain and distilled students get the same budget: ``--trials`` settings each (plain: learning rates, distilled: rho), tried on the
 first seed and chosen on validation; the other seeds run with the chosen one. ``--all`` runs every setting with every seed.
@@ -20,8 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,13 @@ from ckd_fed.evaluation.calibration import calibration_views, combine, view_name
 from ckd_fed.evaluation.per_user import rank_users
 from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.central import select
-from ckd_fed.training.trainer import METRIC, Trainer
+from ckd_fed.training.fit import Fit, Sheets
+from ckd_fed.training.fit_state import fit_state, restore_fit
+from ckd_fed.training.trainer import METRIC, Trainer, Values
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "docs" / "results.jsonl"
+STATE = "state.safetensors"  # the kind of file that holds an unfinished model
 ONE_START = " (one start)"
 RATES, RHOS = (1.0, 0.5, 2.0), (1.0, 0.1, 10.0)  # in the order of trial; rates are multiples of the backbone's published learning rate
 
@@ -126,7 +131,6 @@ class Study:
         return model + ONE_START if self.one_start else model
 
     def _train(self, model: str, config: Config, dataset: Dataset, teachers: Mapping[str, Embeddings]) -> Embeddings:
-        started = time.monotonic()
         role = "any" if self.one_start else model if model.startswith("teacher/") else "student" if teachers else "plain"
         fit = build_fit(config, build_trainer(config, dataset, role, distilled=bool(teachers)))
         dtype = DTYPES[config.distillation.margin_dtype]
@@ -134,13 +138,12 @@ class Study:
         def sheets(steps: Sequence[StepTriples]) -> dict[str, np.ndarray]:
             return {m: margin_sheet(embeddings, steps, dtype) for m, embeddings in teachers.items()}
 
-        rows = fit.advance(sheets=sheets if teachers else None)
-        at_best = next(row for row in rows if row["epoch"] == fit.stopping.best_epoch)
+        at_best, spent = self._advance(model, fit, sheets if teachers else None)
         fit.trainer.restore(fit.best)
-        student = len(dataset.modalities) > 1
+        student, started = len(dataset.modalities) > 1, time.monotonic()
         metrics, chosen = fit.trainer.read_out(dataset.test) if student else (fit.trainer.diagnose(dataset.test), {})
         row = {**self.key, "model": model, "best_epoch": fit.stopping.best_epoch, "epochs": fit.epoch, "val": fit.stopping.best}
-        row.update(seconds=round(time.monotonic() - started), device=config.training.device, torch=torch.__version__)
+        row.update(seconds=round(spent + time.monotonic() - started), device=config.training.device, torch=torch.__version__)
         row.update(test={name: round(value, 6) for name, value in metrics.compute().items() if not name.startswith("precision")})
         row.update(readout={name: round(value, 6) for name, value in chosen.items()})
         row.update({name: round(value, 4) for name, value in at_best.items() if name.startswith(("weight/", "effect/"))})
@@ -149,7 +152,29 @@ class Study:
             self.results.add(row)
         print(f"{' '.join(map(str, self.key.values()))} {model}: best epoch {row['best_epoch']}, ", end="")
         print(f"test Recall@20 {metrics.compute()['recall@20']:.4f}, {row['seconds']} s", flush=True)
+        cached(self.cache, self.key, model, STATE).unlink(missing_ok=True)
         return fit.trainer.soft_scores()
+
+    def _advance(self, model: str, fit: Fit, sheets: Callable[[Sequence[StepTriples]], Sheets] | None) -> tuple[Values, float]:
+        """Train to the end, from the last validation of a call that was cut off; returns the best epoch's row and the seconds of all calls."""
+        path, started = cached(self.cache, self.key, model, STATE), time.monotonic()
+        kept: dict[str, Any] = {"at_best": {}, "seconds": 0.0}
+        if path.is_file():
+            arrays, kept = load_checkpoint(path)
+            restore_fit(fit, arrays, kept["fit"])
+        before = float(kept["seconds"])
+
+        def keep(row: Values) -> None:
+            kept["seconds"] = before + time.monotonic() - started
+            if row["gain"]:
+                kept["at_best"] = row
+            arrays, kept["fit"] = fit_state(fit)
+            save_checkpoint(path, arrays, kept)
+            line = f"epoch {fit.epoch}, val/{METRIC} {row[f'val/{METRIC}']:.4f}, best {fit.stopping.best:.4f} at {fit.stopping.best_epoch}"
+            print(f"{self.key['backbone']} {model}: {line}, {kept['seconds']:.0f} s", file=sys.stderr, flush=True)
+
+        fit.advance(sheets=sheets, on_validation=keep)
+        return kept["at_best"], before + time.monotonic() - started
 
     def _keep_users(self, model: str, trainer: Trainer, chosen: Mapping[str, float]) -> None:
         """Write every test user's metric, of the joint ranking and of a student's calibrated one."""

@@ -1,11 +1,14 @@
 """The benchmarks run, and both sides of the speed benchmark compute the same."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ckd_fed.training.trainer import Trainer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -42,3 +45,47 @@ def test_steps():
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[-1] == "none"  # nothing is sorted or searched for within a step
         assert sum(int(cell.removesuffix("%")) for cell in cells[4:-1]) in range(97, 104)
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    spec = importlib.util.spec_from_file_location("quality", BENCHMARKS / "quality.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, options)])
+        module.main()
+
+    return run
+
+
+def test_quality_goes_on_where_it_was_cut_off(tmp_path, write_dataset, quality, monkeypatch, capsys):
+    write_dataset("toy", n_users=60, n_items=40)
+
+    def measured(name):
+        options = ("--seeds", 5, "--trials", 1, "--rhos", 1, "--threads", 1, "--cache", tmp_path / name, "--results", tmp_path / f"{name}.jsonl")
+        quality("run", "--data", tmp_path, "--dataset", "toy", "--backbone", "vbpr", *options)
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    whole = measured("whole")
+    assert [row["model"] for row in whole[:4]] == ["teacher/image", "teacher/text", "distilled rho=1", "plain"]
+    assert {row["model"] for row in whole[4:]} == {"paired"}
+    for epochs, untouched in ((13, 3), (sum(row["epochs"] for row in whole[:2]) + 17, 1)):  # in the first teacher, in the student
+        name, left, real = f"cut-{epochs}", [epochs], Trainer.train_epoch
+
+        def train_epoch(self, *arguments, left=left, real=real, **more):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(self, *arguments, **more)
+
+        monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            measured(name)
+        monkeypatch.setattr(Trainer, "train_epoch", real)
+        capsys.readouterr()
+        assert measured(name) == whole
+        assert capsys.readouterr().err.count("epoch 5,") == untouched  # the others' first validations are not made again
+        assert not list((tmp_path / name).glob("*.state.safetensors"))
