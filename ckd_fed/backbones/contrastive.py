@@ -11,7 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from ckd_fed.errors import ConfigError
 
-_BLOCK = 2**20  # similarities in memory at once: they should stay in the cache
+# Similarities are computed, raised to e and summed in tiles that stay in a core's cache, and kept for the gradient by the strip of tiles. Fewer
+# rows would have the products pack the table anew more often than they multiply with it.
+_ROWS, _COLUMNS, _STRIP = 256, 1024, 2**22
 
 _LOWEST_TEMPERATURE = 0.02  # exp(-2 / 0.02) is still a float32
 
@@ -45,7 +47,7 @@ def catalogue_contrast(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
     .. math:: \frac1N \sum_i -\log \frac{e^{s(a_i,b_i)}}{\sum_{j \ne i} e^{s(a_i,a_j)} + \sum_j e^{s(a_i,b_j)}}, \quad s = \cos / \tau
 
-    Blocks of rows are done one after the other, forward and gradient together, so memory is linear in N and no similarity is computed
+    Strips of rows are done one after the other, forward and gradient together, so memory is linear in N and no similarity is computed
     twice; the gradient is exact. The work is quadratic: 12 N^2 d multiply-adds with the gradient, half of it where a is b.
 
     Args:
@@ -60,35 +62,38 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor | None, temperature: float) -> Tensor:
-        n, d = a.shape
-        ctx.n, wanted = n, any(ctx.needs_input_grad)
-        table = a if b is None else torch.cat([a, b])
+        ctx.n, wanted = len(a), any(ctx.needs_input_grad)
+        table = a if b is None else torch.cat([a, b])  # (2n, d), or (n, d) where b is a
         targets = a if b is None else b
         # An item's a is not contrasted with itself. Where b is a, all the others are there twice: half of the own one, and twice the sum.
         times, itself = (2.0, 0.5) if b is None else (1.0, 0.0)
-        # exp((cos - 1) / tau): no overflow at any tau. The -1 / tau and the row sums ride along as a column of the products.
-        both = torch.cat([table, a.new_ones(len(table), 1)], 1)  # (2n, d + 1), or (n, d + 1) where b is a
+        own = (a * targets).sum(1) / temperature
         total = a.new_zeros(())
-        grad = torch.zeros_like(both[:, :d])  # of a, then of b
-        rows = max(1, _BLOCK // len(table))
-        for start in range(0, n, rows):
+        grad = torch.zeros_like(table)  # of a, then of b
+        rows = max(1, min(_ROWS, _STRIP // len(table)))
+        places = a.new_empty(min(rows, len(a)) * len(table)).split(min(rows, len(a)) * _COLUMNS)
+        for start in range(0, len(a), rows):
             block = a[start : start + rows]  # (rows, d)
-            here = torch.arange(len(block), device=a.device)
-            scaled = torch.cat([block, -a.new_ones(len(block), 1)], 1) / temperature
-            e = (scaled @ both.T).exp_()  # (rows, 2n)
-            e[here, start + here] *= itself
-            sums = e @ both  # (rows, d + 1)
-            denominator = sums[:, d:]
-            own = (block * targets[start : start + len(block)]).sum(1)
-            total += (times * denominator).log().sum() - ((own - 1) / temperature).sum()
+            strip = []
+            sums, weighted = a.new_zeros(len(block)), torch.zeros_like(block)
+            for column, (tile, place) in enumerate(zip(table.split(_COLUMNS), places, strict=True)):
+                e = place[: len(block) * len(tile)].view(len(block), len(tile))
+                torch.mm(block / temperature, tile.T, out=e).exp_()  # exp(50) at most
+                e.diagonal(start - column * _COLUMNS).mul_(itself)
+                sums += e.sum(1)
+                if wanted:
+                    weighted.addmm_(e, tile)
+                    strip.append(e)
+            total += ((times * sums).log() - own[start : start + rows]).sum()
             if wanted:
-                grad[start : start + len(block)] += sums[:, :d] / denominator
-                grad.addmm_(e.T, block / denominator)
+                grad[start : start + len(block)] += weighted / sums[:, None]
+                for e, of_tile in zip(strip, grad.split(_COLUMNS), strict=True):
+                    of_tile.addmm_(e.T, block / sums[:, None])
         if wanted:
-            grad[:n] -= targets
-            grad[-n:] -= a
-            ctx.save_for_backward(grad.div_(n * temperature))
-        return total / n
+            grad[: len(a)] -= targets
+            grad[-len(a) :] -= a
+            ctx.save_for_backward(grad.div_(len(a) * temperature))
+        return total / len(a)
 
     @staticmethod
     @once_differentiable

@@ -22,15 +22,20 @@ def catalogue_by_hand(a, b, temperature):
     return -(across.diag() / (within.sum(1) + across.sum(1) - within.diag())).log().mean()
 
 
+def tile(monkeypatch, rows, columns):
+    monkeypatch.setattr(contrastive, "_ROWS", rows)
+    monkeypatch.setattr(contrastive, "_COLUMNS", columns)
+
+
 def info_nce_by_hand(a, b, temperature):
     e = (normalize(a) @ normalize(b).T / temperature).exp()
     return -(e.diag() / e.sum(1)).log().mean()
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, N, 100])
+@pytest.mark.parametrize("tiles", [(1, 1), (4, 3), (5, 8), (N, N), (100, 2 * N)])
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
-def test_catalogue_contrast_and_its_gradient(pair, monkeypatch, rows, temperature):
-    monkeypatch.setattr(contrastive, "_BLOCK", rows * 2 * N)
+def test_catalogue_contrast_and_its_gradient(pair, monkeypatch, tiles, temperature):
+    tile(monkeypatch, *tiles)
     expected = catalogue_by_hand(*pair, temperature)
     found = catalogue_contrast(*pair, temperature)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
@@ -38,11 +43,11 @@ def test_catalogue_contrast_and_its_gradient(pair, monkeypatch, rows, temperatur
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, N, 100])
+@pytest.mark.parametrize("tiles", [(1, 1), (4, 3), (5, 8), (N, N), (100, 2 * N)])
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
-def test_catalogue_contrast_with_itself(pair, monkeypatch, rows, temperature):
+def test_catalogue_contrast_with_itself(pair, monkeypatch, tiles, temperature):
     """A teacher's case: both are one tensor, and its gradient is the sum of both sides."""
-    monkeypatch.setattr(contrastive, "_BLOCK", rows * N)
+    tile(monkeypatch, *tiles)
     a = pair[0]
     found, expected = (loss(a, a, temperature) for loss in (catalogue_contrast, catalogue_by_hand))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
@@ -64,21 +69,27 @@ def test_the_lowest_temperature_neither_overflows_nor_underflows(pair):
 
 @pytest.mark.parametrize("tables", [1, 2])
 def test_memory_is_linear_in_the_items(monkeypatch, tables):
-    """No matrix that is formed has more entries than a block, whatever the number of items; one table has half the work of two."""
-    sizes = []
-    plain = torch.Tensor.__matmul__
+    """Neither the strip that is kept nor a product has more entries than a strip, whatever the number of items; one table has half the work."""
+    kept, products = [], []
+    empty, product = torch.Tensor.new_empty, torch.mm
 
-    def watched(one, two):
-        result = plain(one, two)
-        sizes.append(result.numel())
+    def watched_empty(like, *size):
+        result = empty(like, *size)
+        kept.append(result.numel())
         return result
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
-    monkeypatch.setattr(contrastive, "_BLOCK", 4000)
+    def watched_product(one, two, *, out):
+        products.append(out.numel())
+        return product(one, two, out=out)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", watched_empty)
+    monkeypatch.setattr(torch, "mm", watched_product)
+    monkeypatch.setattr(contrastive, "_STRIP", 4000)
+    tile(monkeypatch, 100, 150)
     a = torch.randn(500, 3)
     catalogue_contrast(a, a if tables == 1 else torch.randn(500, 3), 0.5)
-    assert max(sizes) <= 4000
-    assert sum(sizes) == tables * 500 * 500 + 500 * 4
+    assert kept == [4000]
+    assert sum(products) == tables * 500 * 500
 
 
 def test_without_gradient(pair):
