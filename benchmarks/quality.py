@@ -51,6 +51,7 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "docs" / "results.jsonl"
 STATE = "state.safetensors"  # the kind of file that holds an unfinished model
 ONE_START = " (one start)"
+KINDS = ("teachers", "distilled", "plain")
 RATES, RHOS = (1.0, 0.5, 2.0), (1.0, 0.1, 10.0)  # in the order of trial; rates are multiples of the backbone's published learning rate
 
 # Test Recall@20 that the authors' implementation is said to give on these files, by seed (as far as it was run).
@@ -241,11 +242,13 @@ def run(arguments: argparse.Namespace) -> None:
     for seed in arguments.seeds:
         config = resolve(base, {"seed": seed, "training.threads": arguments.threads, "training.device": arguments.device})
         study = Study(config, open_dataset(config), results, arguments.cache, one_start=arguments.one_start)
-        study.teachers()
-        distilled = {rho: study.distilled(rho)["val"] for rho in rhos}
-        plain = {} if arguments.no_plain else {rate: study.plain(rate)["val"] for rate in rates}
+        if "teachers" in arguments.only:
+            study.teachers()
+        distilled = {rho: study.distilled(rho)["val"] for rho in rhos} if "distilled" in arguments.only else {}
+        plain = {rate: study.plain(rate)["val"] for rate in rates} if "plain" in arguments.only else {}
         if not arguments.all:  # chosen on validation with the first seed
-            rates, rhos = (max(plain, key=plain.__getitem__, default=1.0),), (max(distilled, key=distilled.__getitem__),)
+            rates = (max(plain, key=plain.__getitem__),) if plain else rates
+            rhos = (max(distilled, key=distilled.__getitem__),) if distilled else rhos
     test_over_users(results, arguments.cache, arguments.dataset, arguments.backbone)
 
 
@@ -351,7 +354,7 @@ def main() -> None:
     runner.add_argument("--rhos", type=float, nargs="+", help="these instead of the trials' rhos")
     runner.add_argument("--all", action="store_true", help="every setting with every seed")
     runner.add_argument("--one-start", action="store_true", help="the same initial parameters for all roles, as published")
-    runner.add_argument("--no-plain", action="store_true", help="leave the plain students out")
+    runner.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="these models alone; distilled students need teachers anyway")
     runner.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for the default")
     runner.add_argument("--device", default="auto")
     runner.add_argument("--cache", type=Path, default=Path("quality-cache"), help="folder of the teachers' tables")

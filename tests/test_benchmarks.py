@@ -63,8 +63,22 @@ def quality(monkeypatch):
 def test_quality_goes_on_where_it_was_cut_off(tmp_path, write_dataset, quality, monkeypatch, capsys):
     write_dataset("toy", n_users=60, n_items=40)
 
-    def measured(name):
-        options = ("--seeds", 5, "--trials", 1, "--rhos", 1, "--threads", 1, "--cache", tmp_path / name, "--results", tmp_path / f"{name}.jsonl")
+    def measured(name, *more):
+        options = (
+            *more,
+            "--seeds",
+            5,
+            "--trials",
+            1,
+            "--rhos",
+            1,
+            "--threads",
+            1,
+            "--cache",
+            tmp_path / name,
+            "--results",
+            tmp_path / f"{name}.jsonl",
+        )
         quality("run", "--data", tmp_path, "--dataset", "toy", "--backbone", "vbpr", *options)
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
@@ -72,6 +86,7 @@ def test_quality_goes_on_where_it_was_cut_off(tmp_path, write_dataset, quality, 
     whole = measured("whole")
     assert [row["model"] for row in whole[:4]] == ["teacher/image", "teacher/text", "distilled rho=1", "plain"]
     assert {row["model"] for row in whole[4:]} == {"paired"}
+    assert measured("plain", "--only", "plain") == whole[3:4]
     for epochs, untouched in ((13, 3), (sum(row["epochs"] for row in whole[:2]) + 17, 1)):  # in the first teacher, in the student
         name, left, real = f"cut-{epochs}", [epochs], Trainer.train_epoch
 
