@@ -357,7 +357,7 @@ def main() -> None:
     runner.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="these models alone; distilled students need teachers anyway")
     runner.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for the default")
     runner.add_argument("--device", default="auto")
-    runner.add_argument("--cache", type=Path, default=Path("quality-cache"), help="folder of the teachers' tables")
+    runner.add_argument("--cache", type=Path, default=Path("quality-cache"), help="folder of teachers' tables, unfinished models and users' metrics")
     runner.set_defaults(action=run)
     printer = commands.add_parser("table", help="print tables of all results")
     printer.set_defaults(action=table)

@@ -64,22 +64,9 @@ def test_quality_goes_on_where_it_was_cut_off(tmp_path, write_dataset, quality, 
     write_dataset("toy", n_users=60, n_items=40)
 
     def measured(name, *more):
-        options = (
-            *more,
-            "--seeds",
-            5,
-            "--trials",
-            1,
-            "--rhos",
-            1,
-            "--threads",
-            1,
-            "--cache",
-            tmp_path / name,
-            "--results",
-            tmp_path / f"{name}.jsonl",
-        )
-        quality("run", "--data", tmp_path, "--dataset", "toy", "--backbone", "vbpr", *options)
+        options = ["--dataset", "toy", "--backbone", "vbpr", "--seeds", "5", "--trials", "1", "--rhos", "1", "--threads", "1"]
+        places = ("--data", tmp_path, "--cache", tmp_path / name, "--results", tmp_path / f"{name}.jsonl")
+        quality("run", *options, *places, *more)
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 

@@ -15,7 +15,7 @@ from ckd_fed.errors import ConfigError
 # rows would have the products pack the table anew more often than they multiply with it.
 _ROWS, _COLUMNS, _STRIP = 256, 1024, 2**22
 
-_LOWEST_TEMPERATURE = 0.02  # exp(-2 / 0.02) is still a float32
+_LOWEST_TEMPERATURE = 0.02  # exp(1 / 0.02), summed over all items, and exp(-1 / 0.02) are still float32
 
 
 def checked_temperature(value: float) -> float:
@@ -48,7 +48,7 @@ def catalogue_contrast(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     .. math:: \frac1N \sum_i -\log \frac{e^{s(a_i,b_i)}}{\sum_{j \ne i} e^{s(a_i,a_j)} + \sum_j e^{s(a_i,b_j)}}, \quad s = \cos / \tau
 
     Strips of rows are done one after the other, forward and gradient together, so memory is linear in N and no similarity is computed
-    twice; the gradient is exact. The work is quadratic: 12 N^2 d multiply-adds with the gradient, half of it where a is b.
+    twice; the gradient is exact. The work is quadratic: 6 N^2 d multiply-adds with the gradient, half of it where a is b.
 
     Args:
         a, b: ``(N, d)``; may be one tensor.
@@ -67,28 +67,25 @@ class _Contrast(torch.autograd.Function):
         targets = a if b is None else b
         # An item's a is not contrasted with itself. Where b is a, all the others are there twice: half of the own one, and twice the sum.
         times, itself = (2.0, 0.5) if b is None else (1.0, 0.0)
-        own = (a * targets).sum(1) / temperature
+        own = (a * targets).sum(1, keepdim=True) / temperature
         total = a.new_zeros(())
         grad = torch.zeros_like(table)  # of a, then of b
-        rows = max(1, min(_ROWS, _STRIP // len(table)))
-        places = a.new_empty(min(rows, len(a)) * len(table)).split(min(rows, len(a)) * _COLUMNS)
+        rows = max(1, min(_ROWS, len(a), _STRIP // max(1, len(table))))
+        kept = a.new_empty(rows, len(table))
         for start in range(0, len(a), rows):
             block = a[start : start + rows]  # (rows, d)
-            strip = []
-            sums, weighted = a.new_zeros(len(block)), torch.zeros_like(block)
-            for column, (tile, place) in enumerate(zip(table.split(_COLUMNS), places, strict=True)):
-                e = place[: len(block) * len(tile)].view(len(block), len(tile))
-                torch.mm(block / temperature, tile.T, out=e).exp_()  # exp(50) at most
-                e.diagonal(start - column * _COLUMNS).mul_(itself)
-                sums += e.sum(1)
+            scaled, strip = block / temperature, kept[: len(block)]
+            sums, weighted = a.new_zeros(len(block), 1), torch.zeros_like(block)
+            for number, (tile, e) in enumerate(zip(table.split(_COLUMNS), strip.split(_COLUMNS, dim=1), strict=True)):
+                torch.mm(scaled, tile.T, out=e).exp_()  # exp(50) at most
+                e.diagonal(start - number * _COLUMNS).mul_(itself)
+                sums += e.sum(1, keepdim=True)
                 if wanted:
                     weighted.addmm_(e, tile)
-                    strip.append(e)
             total += ((times * sums).log() - own[start : start + rows]).sum()
             if wanted:
-                grad[start : start + len(block)] += weighted / sums[:, None]
-                for e, of_tile in zip(strip, grad.split(_COLUMNS), strict=True):
-                    of_tile.addmm_(e.T, block / sums[:, None])
+                grad[start : start + len(block)] += weighted / sums
+                grad.addmm_(strip.T, block / sums)
         if wanted:
             grad[: len(a)] -= targets
             grad[-len(a) :] -= a

@@ -87,7 +87,7 @@ class MICRO(ItemGraphBackbone):
     @property
     def dense_work(self) -> float:
         products = 12 * len(self.modalities) if len(self.modalities) > 1 else 6
-        return float(products * self.n_items**2 * self.item_embedding.shape[1])  # of the contrast
+        return float(products * self.n_items**2 * self.item_embedding.shape[1])  # multiplications and additions of the contrast
 
     def start_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """Forget the learned graphs: the next training batch builds them."""

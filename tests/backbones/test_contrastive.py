@@ -22,14 +22,14 @@ def catalogue_by_hand(a, b, temperature):
     return -(across.diag() / (within.sum(1) + across.sum(1) - within.diag())).log().mean()
 
 
-def tile(monkeypatch, rows, columns):
-    monkeypatch.setattr(contrastive, "_ROWS", rows)
-    monkeypatch.setattr(contrastive, "_COLUMNS", columns)
-
-
 def info_nce_by_hand(a, b, temperature):
     e = (normalize(a) @ normalize(b).T / temperature).exp()
     return -(e.diag() / e.sum(1)).log().mean()
+
+
+def tile(monkeypatch, rows, columns):
+    monkeypatch.setattr(contrastive, "_ROWS", rows)
+    monkeypatch.setattr(contrastive, "_COLUMNS", columns)
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (4, 3), (5, 8), (N, N), (100, 2 * N)])
