@@ -108,8 +108,8 @@ class GradientModulation(Balancing):
                     continue
                 if parameter.grad.is_sparse:  # or its table would be moved on row by row, and not as here
                     parameter.grad = parameter.grad.to_dense()
-                if self.noise:
-                    gradient = parameter.grad
+                gradient = parameter.grad
+                if self.noise and gradient.numel() > 1:  # a single number has no deviation
                     drawn = torch.randn(gradient.shape, generator=self._generator).to(gradient)
                     gradient += drawn * (gradient.std() + 1e-8) * (gradient != 0)
                 if self.coefficients[m] < 1:

@@ -101,7 +101,6 @@ def build_trainer(
     # Threads that share small matrices gain nothing, and where another process wants a core they wait for each other at every
     # operation: two of them took 100 times as long as one on the stand-in.
     automatic = _DEFAULT_THREADS if backbone.dense_work > _WORTH_SHARING else 1
-    torch.set_num_threads(config.training.threads or automatic)
     return Trainer(
         backbone,
         dataset,
@@ -112,6 +111,7 @@ def build_trainer(
         share=share,
         balancing=build_balancing(config.balancing, backbone) if not distilled and len(dataset.modalities) > 1 else None,
         validation_users=config.training.validation_users,
+        threads=config.training.threads or automatic,
     )
 
 

@@ -144,7 +144,8 @@ def _pretrain(
                 if reports[role]:
                     reports[role][-1]["done"] = float(fit.done)
         record.pretraining_round(progress.number, reports, time.monotonic() - started)
-        progress.save("teachers", fits, record.position(), now=all(fit.done for fit in fits.values()))
+        if not any(not fit.done and memory.remembers(config, dataset, role) for role, fit in fits.items()):
+            progress.save("teachers", fits, record.position(), now=all(fit.done for fit in fits.values()))
     for role, fit in fits.items():
         fit.trainer.restore(fit.best)
         tests[role] = _test(fit, role, config, result)

@@ -37,8 +37,8 @@ class _Stretch:
 class TeacherMemory:
     """Remembers every learner that was trained to its end, stretch by stretch.
 
-    A remembered learner goes through the same states with the same rows, ``seconds`` being those of its training. It cannot be trained
-    beyond its end.
+    A remembered learner goes through the same epochs, early stopping and best parameters with the same rows, ``seconds`` being those of its
+    training. The parameters of its trainer stay as they are, so before its end it can neither be trained on nor be saved to be trained on later.
     """
 
     def __init__(self) -> None:
@@ -65,6 +65,10 @@ class TeacherMemory:
         if fit.done:
             self._whole[key] = self._begun.pop(key)
         return rows
+
+    def remembers(self, config: Config, dataset: Dataset, role: str) -> bool:
+        """Whether a learner was trained to its end before; arguments as for :meth:`advance`."""
+        return learner_key(config, dataset, role) in self._whole
 
 
 def learner_key(config: Config, dataset: Dataset, role: str) -> str:

@@ -48,6 +48,8 @@ class Trainer:
         share: (w, W): this worker's share of every epoch's steps.
         balancing: of a plain student; None for none.
         validation_users: for how many users at most a validation ranks, drawn by the run's seed and the data; 0 for all.
+        threads: that torch works with whenever this trainer does, which may be others in another trainer of the same process; 0 for as
+            many as it finds.
 
     Attributes:
         validation: the held-out interactions that a validation goes by.
@@ -65,6 +67,7 @@ class Trainer:
         share: tuple[int, int] = (0, 1),
         balancing: Balancing | None = None,
         validation_users: int = 0,
+        threads: int = 0,
     ) -> None:
         self.backbone = backbone
         self.dataset = dataset
@@ -76,6 +79,12 @@ class Trainer:
         self.balancing = balancing or Balancing()
         drawn_by = derive_key("ckd-validation-1", stream.seed, dataset.fingerprint) & 0x7FFFFFFFFFFFFFFF
         self.validation = dataset.val.of_sampled_users(validation_users, drawn_by)
+        self.threads = threads
+        self._take_threads()
+
+    def _take_threads(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +108,7 @@ class Trainer:
         """
         if (self.objective is None) != (sheets is None):
             raise ValueError("sheets of margins are needed exactly if there is a distillation objective")
+        self._take_threads()
         like = next(self.backbone.parameters())
         means = Means()
         self.backbone.train()
@@ -218,6 +228,7 @@ class Trainer:
 
     def embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:
         """Detached tables of some views, for ranking."""
+        self._take_threads()
         self.backbone.eval()
         give_back_freed_memory()
         return self.backbone.ranking_embeddings(views)

@@ -17,10 +17,10 @@ from ckd_fed.training.central import train
 
 @pytest.fixture
 def make_backbone(make_dataset):
-    def make(name="vbpr", n_modalities=2):
+    def make(name="vbpr", n_modalities=2, embedding_dim=4):
         dataset = make_dataset(n_modalities=n_modalities)
         features = {m: dense_features(dataset, m) for m in dataset.modalities}
-        return build_backbone(name, dataset.train, features, {"embedding_dim": 4}, seed=1, dtype=torch.float64)
+        return build_backbone(name, dataset.train, features, {"embedding_dim": embedding_dim}, seed=1, dtype=torch.float64)
 
     return make
 
@@ -139,3 +139,10 @@ def test_what_cannot_be_balanced_is_said(make_backbone, refuses):
     refuses(ConfigError, lambda: own_parameters(backbone), "no parameters of modality 'text'")
     refuses(ConfigError, lambda: resolve({"balancing.rate": 1}), "balancing.rate is 1.0")
     refuses(ConfigError, lambda: resolve({"balancing.method": "ogm"}), "gradient-modulation, modality-dropout, none")
+
+
+def test_a_single_number_gets_no_noise(make_backbone):
+    """It has no deviation: a bias of an embedding of one dimension would become NaN."""
+    backbone = make_backbone("vbpr", 2, embedding_dim=1)
+    one_step(backbone, GradientModulation(alpha=0.0, noise=True))
+    assert all(bool(parameter.isfinite().all()) for parameter in backbone.parameters())

@@ -9,6 +9,7 @@ from ckd_fed.errors import ConfigError, DataError
 from ckd_fed.tracking.record import read_rows, sole_writer
 from ckd_fed.training import progress
 from ckd_fed.training.central import configure, train
+from ckd_fed.training.memory import TeacherMemory
 from ckd_fed.training.trainer import Trainer
 
 SMALL = {
@@ -82,6 +83,23 @@ def test_the_result_is_the_undisturbed_runs(backbone, given, end_after, tmp_path
             assert ours.keys() == theirs.keys()
             assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
         assert sorted(path.name for path in (again.directory / "checkpoints").iterdir()) == ["best.safetensors", "last.safetensors"]
+
+
+def test_a_remembered_teacher_is_not_trained_on_from_what_it_never_was(given, end_after, tmp_path, refuses):
+    """Its trainer has its initial parameters: while it is not at its end, a state of it would be one that it never was in."""
+    hidden = {"data__missing": "text:0.3"}  # the image teacher stays the same
+    whole = train(resolve(given(name="whole", **hidden)))
+    memory = TeacherMemory()
+    train(resolve(given(name="before")), memory=memory)
+    for name, epochs in (("early", 10), ("late", sum(whole.outcomes[role].epochs for role in ("teacher/text", "plain")) + 1)):
+        end_after(epochs)
+        with pytest.raises(Ended):
+            train(resolve(given(name=name, **hidden)), memory=memory)
+    assert not list((tmp_path / "runs/early/checkpoints").glob("*state*"))
+    refuses(DataError, lambda: train(configure({"resume": "early", "home": str(tmp_path)})), "holds no state", "start the run afresh")
+    again = train(configure({"resume": "late", "home": str(tmp_path)}))
+    assert rows(again.directory) == rows(whole.directory)
+    assert again.outcomes == whole.outcomes
 
 
 def test_ended_twice(given, end_after, tmp_path):

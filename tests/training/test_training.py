@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ckd_fed.backbones import BACKBONES
-from ckd_fed.backbones.base import Triples
+from ckd_fed.backbones.base import Backbone, Triples
 from ckd_fed.backbones.build import build_backbone
 from ckd_fed.config import resolve
 from ckd_fed.data.dataset import Dataset
@@ -473,3 +473,20 @@ def test_calibration_never_chooses_what_validation_speaks_against(make_dataset, 
     assert {name: value for name, value in chosen.items() if name.startswith("readout/weight/")} == {f"readout/weight/{best}": 1.0}
     view = "" if best == "joint" else f"only/{best.removeprefix('only ')}/"
     assert metrics.compute()["calibrated/ndcg@20"] == metrics.compute()[f"{view}ndcg@20"]
+
+
+def test_every_trainer_of_a_process_works_with_its_own_threads(problem, monkeypatch):
+    """A teacher of wide features and one of narrow ones, built one after the other and trained in turns."""
+    found, real = [], Backbone.start_epoch
+    monkeypatch.setattr(Backbone, "start_epoch", lambda *arguments: found.append(torch.get_num_threads()) or real(*arguments))
+    config = {"training.batch-size": B, "model.embedding-dim": 4}
+    before = torch.get_num_threads()
+    try:
+        trainers = [build_trainer(resolve({**config, "training.threads": n}), problem, f"teacher/{n}") for n in (2, 1)]
+        for trainer in (*trainers, *trainers):
+            trainer.train_epoch(0)
+            trainer.soft_scores()
+            found.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert found == [2, 2, 1, 1] * 2
