@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, Message
 
+from ckd_fed.backbones.base import Embeddings
 from ckd_fed.checkpoint import to_arrays, to_tensors
 from ckd_fed.data.triples import StepTriples, triples_hash
 from ckd_fed.distillation.margins import margin_sheet
@@ -79,8 +80,9 @@ def score(request: Request, node: Node) -> Answer:
         "epochs": config.training.epochs,
     }
     ledger = node.ledger(run, role)
-    new = ledger.admit(agreement, first, epochs, per_epoch)
     teacher, dtype, bound = model.trainer.soft_scores(), margin_dtype(config), config.distillation.margin_bound
+    by = _answering(teacher, dtype, bound)
+    new = ledger.admit(agreement, first, epochs, per_epoch, by)
     (modality,) = model.trainer.dataset.modalities
     mask = model.trainer.dataset.masks.get(modality)
     sheets, hashes = {}, []
@@ -88,8 +90,17 @@ def score(request: Request, node: Node) -> Answer:
         steps = [step for epoch in range(first, first + epochs) for step in stream.epoch(epoch, (worker, workers))]
         sheets[f"margins/{worker}"] = margin_sheet(teacher, steps, dtype, bound, mask)
         hashes.append(triples_hash(steps))
-    ledger.note(round=request.stamp.round, from_epoch=first, epochs=epochs, margins=sum(s.size for s in sheets.values()), new=new, triples=hashes)
+    margins = sum(sheet.size for sheet in sheets.values())
+    ledger.note(round=request.stamp.round, from_epoch=first, epochs=epochs, by=by, margins=margins, new=new, triples=hashes)
     return {"hashes": hashes}, {}, sheets
+
+
+def _answering(teacher: Embeddings, dtype: np.dtype, bound: float) -> str:
+    """Fingerprint of what decides a teacher's margins besides the triples: its tables, and to how many digits and what size they are sent."""
+    total = hashlib.sha256(f"{dtype.str} {bound!r}".encode())
+    for table in (teacher.users, teacher.items):
+        total.update(table.cpu().contiguous().numpy().data)
+    return total.hexdigest()[:16]
 
 
 def distil(request: Request, node: Node) -> Answer:
@@ -185,14 +196,15 @@ def _by_user(request: Request, tested: Tested) -> tuple[dict[str, Any], dict[str
     return values, {"users": tested.by_user.users.astype(np.int32), **arrays}
 
 
-ACTIONS: dict[str, Callable[[Request, Node], Answer]] = {
-    "enrol": enrol,
-    "fit": fit,
-    "test": test,
-    "score": score,
-    "distil": distil,
-    "evaluate": evaluate,
-    "forget": forget,
+# Each action with the roles that it is for, by how their names begin: a teacher that was asked to distil would send its parameters.
+ACTIONS: dict[str, tuple[Callable[[Request, Node], Answer], tuple[str, ...]]] = {
+    "enrol": (enrol, ("node/",)),
+    "fit": (fit, ("teacher/", "plain")),
+    "test": (test, ("teacher/", "plain")),
+    "score": (score, ("teacher/",)),
+    "distil": (distil, ("student/",)),
+    "evaluate": (evaluate, ("student/",)),
+    "forget": (forget, ("node/",)),
 }
 
 
@@ -205,8 +217,11 @@ def handle(message: Message, context: Context) -> Message:
         stamp = request.stamp
         if stamp.action not in ACTIONS:
             raise ReplyError(unknown("action", stamp.action, ACTIONS))
+        answer, roles = ACTIONS[stamp.action]
+        if not stamp.role.startswith(roles):
+            raise ReplyError(f"{stamp.action!r} is asked of {stamp.role!r}, it is for {' and '.join(roles)} alone; this node refuses")
         node = Node(request.config, context.node_config)
-        values, metrics, arrays = ACTIONS[stamp.action](request, node)
+        values, metrics, arrays = answer(request, node)
         if not stamp.role.startswith("node/"):
             values["holds"] = json.dumps(asdict(node.holds(stamp.role)))
     except CkdError as error:

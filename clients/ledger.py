@@ -1,7 +1,8 @@
 """What a teacher gave away: a line for every sheet of margins, and the limits that it holds the server to.
 
 The triples of a run follow from its split, seed, batch sizes and number of epochs. A teacher fixes these at a run's first request and
-answers for no other triples after that. A request for an epoch that was answered before gives nothing new away and counts nothing.
+answers for no other triples after that. A request for an epoch that the same model answered before gives nothing new away and counts
+nothing; margins of another model count, whatever made the server ask for it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ class Ledger:
 
     Not in the run's workspace: that one is deleted, while what was given away stays given.
 
-    The first line holds the agreement, each further one an answer: ``time``, ``round``, ``from_epoch``, ``epochs``, ``margins`` (sent),
-    ``new`` (of those, for triples not answered before) and ``triples`` (hashes).
+    The first line holds the agreement, each further one an answer: ``time``, ``round``, ``from_epoch``, ``epochs``, ``by`` (which model, as
+    a fingerprint), ``margins`` (sent), ``new`` (of those, for triples that this model had not answered for) and ``triples`` (hashes).
 
     Args:
         folder: of the teacher's answers in all runs.
         run: name of the run.
-        budget: margins of new triples that this node gives away in all its runs for this modality together; 0 for no limit beyond each
-            run's own.
+        budget: new margins that this node gives away in all its runs for this modality together; 0 for no limit.
     """
 
     def __init__(self, folder: Path, run: str, budget: int = 0) -> None:
@@ -37,7 +37,7 @@ class Ledger:
         self.budget = budget
         self._rows = self._read(self.path) if self.path.is_file() else []
 
-    def admit(self, agreement: Mapping[str, Any], first: int, epochs: int, per_epoch: int) -> int:
+    def admit(self, agreement: Mapping[str, Any], first: int, epochs: int, per_epoch: int, by: str) -> int:
         """Decide whether margins may be given for some epochs.
 
         Args:
@@ -45,6 +45,7 @@ class Ledger:
             first: epoch of the stretch, from 0.
             epochs: of the stretch.
             per_epoch: margins of an epoch.
+            by: fingerprint of the model whose margins they are.
 
         Returns:
             How many of the margins would be new.
@@ -62,7 +63,8 @@ class Ledger:
             raise ReplyError(f"margins are asked for of other triples than this run began with ({different}); this teacher refuses")
         if first < 0 or epochs < 1 or first + epochs > agreement["epochs"]:
             raise ReplyError(f"margins are asked for of epochs {first} to {first + epochs - 1}; this run has {agreement['epochs']} epochs")
-        given = {epoch for row in self._rows if "margins" in row for epoch in range(row["from_epoch"], row["from_epoch"] + row["epochs"])}
+        answers = [row for row in self._rows if "margins" in row and row.get("by") == by]
+        given = {epoch for row in answers for epoch in range(row["from_epoch"], row["from_epoch"] + row["epochs"])}
         new = len(set(range(first, first + epochs)) - given) * per_epoch
         if self.budget and new:
             spent = sum(row.get("new", 0) for path in sorted(self.path.parent.glob("*.jsonl")) for row in self._read(path))

@@ -111,7 +111,7 @@ def teacher(toy, federate, keep):
     best = {"best-epoch": learner.best_epoch, "best": learner.best}
     ledger = toy / "answers/teacher-text/fed-000001.jsonl"
 
-    def margins(first=0, epochs=3, node=None, run="fed-000001", role="teacher/text", **changes):
+    def margins(first=0, epochs=3, node=None, run="fed-000001", role="teacher/text", best=best, **changes):
         overrides = {**SMALL, "home": str(toy), "name": "fed", **changes}
         config = {"role": "teacher", "modality": "text", **(node or {})}
         return ask(config, overrides, run=run, role=role, **{"from-epoch": first, "epochs": epochs, "workers": 1, **best})
@@ -143,6 +143,21 @@ def test_asked_again_nothing_new_is_given(teacher):
     before = len(ledger())
     margins(0, 3)
     assert [row["new"] for row in ledger()[before:]] == [0]
+
+
+@pytest.mark.parametrize("change", [{"best": {}}, {"distillation.margin-dtype": "float32"}, {"distillation.margin-bound": 0.01}])
+def test_other_margins_of_the_same_triples_are_new(change, teacher, toy, refuses):
+    """Of the teacher as it was at another epoch, or of more digits: the server's choice, so it counts."""
+    margins, ledger = teacher
+    given = sum(row.get("new", 0) for row in ledger())
+    if "best" in change:
+        early = next(row for row in read_rows(toy / "runs/fed/metrics.jsonl") if row.get("teacher/text/epoch") == 3)
+        change = {"best": {"best-epoch": 3, "best": early["teacher/text/val/recall@20"]}}
+    refuses(ReplyError, lambda: margins(0, 3, node={"score-budget": given}, **change), "score-budget", f"gave {given} margins")
+    margins(0, 3, **change)
+    assert sum(row.get("new", 0) for row in ledger()) == given + given // 3
+    margins(0, 3, **change)  # the same again
+    assert sum(row.get("new", 0) for row in ledger()) == given + given // 3
 
 
 @pytest.mark.parametrize(
@@ -217,7 +232,26 @@ def test_a_real_node_plays_its_own_role_only(node, roles, toy, refuses):
     for role in roles:
         for action in ("fit", "score", "distil", "evaluate", "test"):
             asked = partial(ask, node, {**SMALL, "data.modalities": "text"}, action, role=role, **values)
-            refuses(ReplyError, asked, "this node is", repr(role))
+            refuses(ReplyError, asked, "refuses", repr(role))
+
+
+@pytest.mark.parametrize(
+    ("node", "role", "actions"),
+    [
+        ({"role": "teacher", "modality": "text"}, "teacher/text", ["distil", "evaluate", "enrol", "forget"]),
+        ({"role": "student"}, "student/0", ["fit", "score", "test", "enrol", "forget"]),
+        ({"role": "student"}, "plain", ["score", "distil", "evaluate"]),
+        ({"partition-id": 0, "num-partitions": 1}, "teacher/text", ["distil", "evaluate"]),
+    ],
+)
+def test_a_role_answers_to_its_own_actions_only(node, role, actions, toy, refuses):
+    """A teacher that was asked to distil under its own name would train from the first epoch on and send its parameters, uncounted."""
+    values = {"from-epoch": 0, "epochs": 3, "workers": 1, "worker": 0, "split": "val", "hashes": "{}", "evaluate": False, "validate": True}
+    values.update({"best": 0.0, "best-epoch": 0, "waited": 0})
+    for action in actions:
+        asked = partial(ask, node, {**SMALL, "home": str(toy)}, action, run="uncounted", role=role, **values)
+        refuses(ReplyError, asked, repr(action), repr(role), "refuses")
+    assert not (toy / "workspace/uncounted").exists()
 
 
 def test_margins_are_clipped_to_the_stated_bound(teacher, toy, federate, refuses):
@@ -240,15 +274,15 @@ def test_a_damaged_ledger_line_is_no_way_around(tmp_path):
     """A line cut short by a crash is left out; the agreement before it still holds."""
     agreement = {"split": "s", "seed": 1, "batch_size": 2, "kd_batch_size": 3, "epochs": 4}
     folder = tmp_path / "answers/teacher-text"
-    assert Ledger(folder, "run").admit(agreement, 0, 2, 10) == 20
-    Ledger(folder, "run").note(from_epoch=0, epochs=2, margins=20, new=20)
+    assert Ledger(folder, "run").admit(agreement, 0, 2, 10, "m") == 20
+    Ledger(folder, "run").note(from_epoch=0, epochs=2, by="m", margins=20, new=20)
     with (folder / "run.jsonl").open("ab") as file:
         file.write(b'{"from_epoch": 2, "ep')
-    assert Ledger(folder, "run").admit(agreement, 1, 2, 10) == 10
-    Ledger(folder, "run").note(from_epoch=1, epochs=2, margins=20, new=10)
-    assert Ledger(folder, "run").admit(agreement, 0, 3, 10) == 0
+    assert Ledger(folder, "run").admit(agreement, 1, 2, 10, "m") == 10
+    Ledger(folder, "run").note(from_epoch=1, epochs=2, by="m", margins=20, new=10)
+    assert Ledger(folder, "run").admit(agreement, 0, 3, 10, "m") == 0
     with pytest.raises(ReplyError, match="other triples"):
-        Ledger(folder, "run").admit({**agreement, "seed": 2}, 1, 2, 10)
+        Ledger(folder, "run").admit({**agreement, "seed": 2}, 1, 2, 10, "m")
     (folder / "run.jsonl").write_bytes(b"nothing of the kind\n")
     with pytest.raises(ReplyError, match="damaged"):
         Ledger(folder, "run")
