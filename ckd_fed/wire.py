@@ -353,11 +353,23 @@ def read_reply(message: Message, expected: Stamp) -> Reply:
     return Reply(expected, values, dict(metrics), dict(arrays), content_bytes(message), busy, _holdings(expected, values.pop("holds", None)))
 
 
+def read_json(text: str) -> Any:
+    """JSON that a node sent.
+
+    Raises:
+        ValueError: it is none, or nested so deeply that Python gives up on it (which json says by another error).
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _holdings(stamp: Stamp, said: object) -> Holdings | None:
     if said is None:
         return None
     try:
-        holds = Holdings(**json.loads(str(said)))
+        holds = Holdings(**read_json(str(said)))
     except (TypeError, ValueError) as error:
         raise ReplyError(f"{stamp}: what the node says that it holds cannot be read: {error}") from None
     if not isinstance(holds.code, str) or not isinstance(holds.split, str) or not isinstance(holds.features, dict):
@@ -368,7 +380,7 @@ def _holdings(stamp: Stamp, said: object) -> Holdings | None:
 def read_card(answer: Reply) -> NodeCard:
     """The card in a reply to enrolment."""
     try:
-        card = NodeCard(**json.loads(answer.text("card")))
+        card = NodeCard(**read_json(answer.text("card")))
     except (TypeError, ValueError) as error:
         raise ReplyError(f"{answer.stamp}: its card cannot be read: {error}") from None
     kinds = {"int": int, "str": str, "bool": bool}
@@ -376,7 +388,7 @@ def read_card(answer: Reply) -> NodeCard:
         if type(getattr(card, item.name)) is not kinds[str(item.type)]:
             raise ReplyError(f"{answer.stamp}: its card has {item.name} = {getattr(card, item.name)!r}")
     try:
-        features = json.loads(card.features)
+        features = read_json(card.features)
     except ValueError:
         features = None
     if not isinstance(features, dict) or not all(isinstance(said, str) for said in features.values()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.fit import validations_due
 from ckd_fed.training.trainer import METRIC
-from ckd_fed.wire import Reply, margin_dtype
+from ckd_fed.wire import Reply, margin_dtype, read_json
 
 _WIDEST = 2**16
 _SAME_MEAN = 1e-4  # float32 values against sums in float64
@@ -91,8 +90,8 @@ def check_users(reply: Reply, config: Config, model: str, users: int, means: Map
     if n > users:
         raise ReplyError(f"{reply.stamp}: n-users is {n}, the split has {users} users")
     try:
-        groups = [_group(row, model) for row in json.loads(reply.text("groups"))]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        groups = [_group(row, model) for row in read_json(reply.text("groups"))]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ReplyError(f"{reply.stamp}: its groups of users and items cannot be read: {error}") from None
     if n and {group["kind"] for group in groups} != {"users", "items"}:
         raise ReplyError(f"{reply.stamp}: its {len(groups)} groups of {n} users' test are not of users and of items")

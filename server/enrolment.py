@@ -11,7 +11,7 @@ from ckd_fed.config import Config
 from ckd_fed.data.dataset import check_modality
 from ckd_fed.data.missing import check_hidden
 from ckd_fed.errors import DataError, EnrolmentError, LostError, ReplyError, unknown
-from ckd_fed.wire import NodeCard
+from ckd_fed.wire import NodeCard, read_json
 from server.checkpoints import RunState
 from server.exchange import LONGEST, SHORTEST, Exchange
 from server.introductions import Introductions
@@ -161,13 +161,15 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
     Raises:
         EnrolmentError, ConfigError: what waiting cannot mend.
     """
-    _agree(cards)
+    # Whatever is wrong with a teacher that was given up, the run goes on without it; its node stays spare.
+    needed = {node: card for node, card in cards.items() if not (card.role == "teacher" and card.modality in dropped)}
+    _agree(needed)
     simulated = {node: card for node, card in cards.items() if not card.role}
     if simulated:
         return _deal(config, simulated)
 
     teachers: dict[str, int] = {}
-    for node, card in cards.items():
+    for node, card in needed.items():
         if card.role == "teacher":
             other = teachers.setdefault(card.modality, node)
             if cards[other].features != card.features:
@@ -216,9 +218,9 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
 def held(card: NodeCard) -> dict[str, int]:
     """Role -> epochs trained, of this run's roles in a node's workspace."""
     try:
-        found = json.loads(card.held)
+        found = read_json(card.held)
         return {str(role): int(epoch) for role, epoch in found.items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         return {}
 
 
@@ -272,6 +274,8 @@ def _steps(config: Config, card: NodeCard) -> int:
 
 def _agree(cards: Mapping[int, NodeCard]) -> None:
     """All nodes on the same code and the same split, data and stand-in not mixed."""
+    if not cards:
+        return
     (first, card), *others = cards.items()
     for node, other in others:
         if other.code != card.code:

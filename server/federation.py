@@ -250,14 +250,17 @@ class Federation:
         Raises:
             ReplyError: they still are after ``federation.retry-limit`` tries.
         """
-        for _ in range(self.config.federation.retry_limit + 1):
+        tries = self.config.federation.retry_limit
+        while True:
             sheets: dict[str, Sheets] = {m: done.value("score", f"teacher/{m}") for m in self.teachers}
             reason = disagreement(sheets)
             if not reason:
                 return sheets
+            if not tries:
+                raise ReplyError(reason)
+            tries -= 1
             self.record.write(f"{reason}; asking them again")
             done = self._ask(self._score_asks(epoch, epochs, number))
-        raise ReplyError(reason)
 
     def _distil_asks(self, epochs: int, sheets: Mapping[str, Sheets]) -> list[Ask]:
         state, weighed = self.state, self._weighed(sheets)

@@ -132,6 +132,13 @@ def test_answers_to_something_else(action, change, mention, refused):
         ("test", array("user/recall@20", lambda a: 1 - a), "have the mean"),
         ("test", array("user/ndcg@10", lambda a: a[:-1]), "is needed"),
         ("test", edit("reply", groups="[1]"), "groups of users"),
+        (
+            "test",
+            edit("reply", groups='[{"model": "teacher/text", "kind": "users", "group": "1 items", "n": Infinity}]'),
+            "infinity",
+        ),
+        ("test", edit("reply", groups="[" * 10_000 + "]" * 10_000), "nested too deeply"),
+        ("test", edit("reply", holds="[" * 10_000 + "]" * 10_000), "nested too deeply"),
         ("test", edit("reply", groups="[]"), "not of users and of items"),
         ("test", edit("reply", groups='[{"model": "teacher/text", "kind": "users", "group": "<b>", "n": 1, "recall@20": 0.5}]'), "none of teacher"),
         ("test", edit("reply", groups='[{"model": "student", "kind": "users", "group": "1 items", "n": 1, "recall@20": 0.5}]'), "none of teacher"),
@@ -177,6 +184,29 @@ def test_teachers_that_answer_for_different_triples(refused):
         return edit("reply", hashes=["f" * 64])(message, reply) if message.content["request"]["role"] == "teacher/text" else reply
 
     assert "teachers image and text answered for different triples" in refused("score", one)
+
+
+@pytest.mark.parametrize(("retries", "bad"), [(1, 1), (2, 2), (0, 1), (1, 2)])
+def test_every_answer_of_teachers_that_disagreed_counts(retries, bad, tmp_path, write_dataset, federate):
+    """As many tries as ``federation.retry-limit`` allows beyond the first, and none whose answer nobody looks at."""
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy", n_users=30)
+    asked = []
+
+    def tamper(message, reply):
+        if message.metadata.message_type.endswith(".score") and message.content["request"]["role"] == "teacher/text":
+            asked.append(message)
+            return edit("reply", hashes=["f" * 64])(message, reply) if len(asked) <= bad else reply
+        return reply
+
+    run = lambda: federate({**QUICK, "federation.retry-limit": retries}, tamper=tamper)  # noqa: E731
+    if bad <= retries:
+        assert run()[0].outcomes["student"].test
+        assert len(asked) > bad
+    else:
+        with pytest.raises(ReplyError, match="answered for different triples"):
+            run()
+        assert len(asked) == bad
 
 
 def test_a_reply_of_an_earlier_round_is_not_used(refused):

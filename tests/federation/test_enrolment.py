@@ -127,6 +127,25 @@ def test_a_second_teacher_of_a_modality_is_its_hot_spare():
     assert "spare teacher text node 8 on there" in " ".join(plan.describe()[-1].split())
 
 
+@pytest.mark.parametrize(
+    "given_up",
+    [
+        replace(teacher("text"), features=json.dumps({"text": "replaced"})), replace(teacher("text"), features=json.dumps({"text": "t+mask"})),
+        teacher("text", split="x" * 64), teacher("text", code="0.2.0+bbbbbbbb"),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_was_given_up_is_in_nobodys_way(given_up):
+    """In a run that is gone on with, its node may well be connected still, with whatever it was given up for."""
+    cards = {4: teacher("text"), 5: given_up, 6: student(), 7: teacher("image")}
+    plan, _ = assign(config(), cards, ["text"])
+    assert dict(plan.teachers) == {"image": 7}
+    assert plan.spare == (4, 5)
+    assert "teacher/text" not in plan.features()
+    with pytest.raises(EnrolmentError):
+        assign(config(), cards)
+    assert assign(config(), {5: given_up}, ["text"])[1].startswith("a student node is missing")
+
+
 def test_in_a_resumed_run_everybody_is_what_he_was():
     cards = {
         1: student(held=json.dumps({"student/1": 20, "plain": 5})), 2: student(), 3: student(held=json.dumps({"student/0": 20})),

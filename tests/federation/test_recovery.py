@@ -1,6 +1,7 @@
 """Nodes that fail, vanish, come back or are replaced: no round is lost, and what cannot be mended is handled as configured."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,6 +239,29 @@ def test_drop_goes_on_with_the_others(action, tmp_path, homes, federate):
     assert "weight/text" not in last
     assert last["weight/image"] + last["weight/audio"] == pytest.approx(2)
     assert load_state(tmp_path / "runs/run/checkpoints/state.safetensors")["dropped"].keys() == {"text"}
+
+
+def test_a_run_is_gone_on_with_though_a_teacher_that_was_dropped_is_still_connected(homes, federate):
+    """Its features were replaced, for which it was dropped; then the server dies, and the node waits for the next run."""
+    nodes, replaced = homes("image", "text", "audio", "student", n_modalities=3), []
+
+    def tamper(message, reply):
+        action = message.metadata.message_type.partition(".")[2]
+        if action == "fit" and message.content["request"]["role"] == "teacher/text" and not replaced:
+            replaced.append(Path(nodes[1]["data-dir"]) / "text_feat.npy")
+            np.save(replaced[0], np.load(replaced[0]) + 1)
+        if action == "distil" and message.content["request"]["from-epoch"] >= 3:
+            raise KeyboardInterrupt
+        return reply
+
+    overrides = {**SMALL, "data.modalities": "image,text,audio", "federation.on-lost-teacher": "drop"}
+    with pytest.raises(KeyboardInterrupt):
+        federate(overrides, nodes=LoopbackGrid(nodes, tamper), run="run")
+    lines = []
+    result, _, federation = federate({"resume": "run", "federation.on-lost-teacher": "drop"}, nodes=nodes, write=lines.append)
+    assert federation.teachers == ["image", "audio"]
+    assert result.outcomes["student"].test
+    assert any("spare teacher text" in " ".join(line.split()) for line in lines)
 
 
 @pytest.mark.parametrize("action", ["fit", "score"])
