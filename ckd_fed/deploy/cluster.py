@@ -23,7 +23,7 @@ from ckd_fed.deploy.certificates import (
     write_node_key,
 )
 from ckd_fed.deploy.plan import ClusterPlan, NodePlan, node_toml, shown
-from ckd_fed.deploy.scripts import register_script, slurm_script, superlink_script, supernode_script, systemd_unit
+from ckd_fed.deploy.scripts import connection_script, register_script, slurm_script, superlink_script, supernode_script, systemd_unit
 from ckd_fed.errors import ConfigError, DataError
 
 _PLAN = "cluster.json"
@@ -37,7 +37,7 @@ def init_cluster(directory: Path, plan: ClusterPlan, write: Callable[[str], None
         ca.crt, ca.key        the authority; the key stays here
         superlink/            for the SuperLink's machine: certificate, key, superlink.sh, systemd unit
         nodes/<name>/         for each node's machine: its key, ca.crt, node.toml, supernode.sh, systemd unit
-        operator/             for whoever starts runs: connection.toml, ca.crt, the nodes' public keys, register.sh
+        operator/             for whoever starts runs: connection.sh, ca.crt, the nodes' public keys, register.sh
         slurm.sh              all of it as one batch job
 
     Args:
@@ -116,7 +116,7 @@ def _write(directory: Path, plan: ClusterPlan, days: int) -> None:
     _executable(superlink / "superlink.sh", superlink_script(plan))
     unit = systemd_unit("ckd_fed SuperLink", f"{plan.install}/superlink", "superlink.sh")
     (superlink / "ckd-superlink.service").write_text(unit)
-    (operator / "connection.toml").write_text(plan.connection((operator / "ca.crt").resolve()))
+    _executable(operator / "connection.sh", connection_script(plan))
     for node in plan.nodes:
         folder = directory / "nodes" / node.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,8 +156,8 @@ def guide(directory: Path, plan: ClusterPlan) -> list[str]:
         lines.append("!! INSECURE: no TLS, no keys; anybody who reaches the port can read, change and join")
     lines += ["", f"1. on {plan.hosts[0]}, in superlink/ (superlink.sh, ckd-superlink.service):", f"   {shown(plan.superlink_command())}"]
     lines += ["", "2. where runs are started from, in operator/: make the connection known"]
-    lines += ["   cat connection.toml >> ~/.flwr/config.toml     # it says:"]
-    lines += [f"     {line}" for line in plan.connection(directory / "operator" / "ca.crt").splitlines()]
+    lines += ["   bash connection.sh >> ~/.flwr/config.toml     # it says, here:"]
+    lines += [f"     {line}" for line in plan.connection(str(directory / "operator" / "ca.crt")).splitlines()]
     if plan.secure:
         lines += ["   and register the nodes' keys before they start (register.sh):"]
         lines += [f"   {shown(plan.register_command(node))}" for node in plan.nodes]

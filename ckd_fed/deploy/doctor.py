@@ -64,6 +64,8 @@ def _check(name: str, look: Callable[[], str]) -> Check:
         return Check(name, False, str(trouble), trouble.remedy)
     except CkdError as error:
         return Check(name, False, str(error))
+    except OSError as error:  # above all a key that belongs to the user who runs the node
+        return Check(name, False, str(error), "run the doctor as the user who runs the node")
 
 
 # --- a node ---------------------------------------------------------------------------------------------------------------------------
@@ -301,10 +303,10 @@ def _connection(name: str) -> dict[str, Any]:
     try:
         superlinks = tomllib.loads(path.read_text()).get("superlink", {})
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise Trouble(f"{path} cannot be read: {error}", "append the cluster's operator/connection.toml to it") from None
+        raise Trouble(f"{path} cannot be read: {error}", "append to it what the cluster's operator/connection.sh prints") from None
     if not isinstance(superlinks.get(name), dict):
         there = ", ".join(key for key, value in superlinks.items() if isinstance(value, dict)) or "none"
-        raise Trouble(f"{path} has no connection {name!r} (there are: {there})", "append the cluster's operator/connection.toml to it")
+        raise Trouble(f"{path} has no connection {name!r} (there are: {there})", "append to it what the cluster's operator/connection.sh prints")
     return dict(superlinks[name])
 
 

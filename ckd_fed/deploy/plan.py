@@ -101,8 +101,8 @@ class ClusterPlan:
         """To be run in the folder ``operator``, before the node starts for the first time."""
         return ["flwr", "supernode", "register", f"keys/{node.name}.pub", self.name, "--name", node.name]
 
-    def connection(self, ca: Path) -> str:
-        """The entry of ``~/.flwr/config.toml``."""
+    def connection(self, ca: str) -> str:
+        """The entry of ``~/.flwr/config.toml``, with the path of the authority's certificate."""
         security = f'root-certificates = "{ca}"' if self.secure else "insecure = true"
         return f'[superlink.{self.name}]\naddress = "{self.address}"\n{security}\n'
 

@@ -28,6 +28,17 @@ def supernode_script(plan: ClusterPlan, node: NodePlan) -> str:
     return _script(f"Node {node.name}: {what}.", plan.supernode_command(node))
 
 
+def connection_script(plan: ClusterPlan) -> str:
+    """Prints the entry of Flower's configuration, which needs an absolute path: of the certificate beside the script, wherever that was copied to."""
+    return f"""#!/usr/bin/env bash
+# Print this cluster's entry of Flower's configuration: bash connection.sh >> ~/.flwr/config.toml
+set -eu
+here="$(cd "$(dirname "$0")" && pwd)"
+cat <<END
+{plan.connection("$here/ca.crt")}END
+"""
+
+
 def register_script(plan: ClusterPlan) -> str:
     """Registers the nodes' public keys and keeps the ids given to them; to be run when the SuperLink is up and before the nodes start."""
     names = " ".join(node.name for node in plan.nodes)
@@ -100,7 +111,7 @@ export FLWR_HOME="$CLUSTER/flwr-$SLURM_JOB_ID"
 
 # The SuperLink's host is known only now: certificate and scripts are made anew for it, keys and CA stay.
 ckd-fed cluster move "$CLUSTER" --host "${{HOSTS[0]}}"
-mkdir -p "$FLWR_HOME" && cp "$CLUSTER/operator/connection.toml" "$FLWR_HOME/config.toml"
+mkdir -p "$FLWR_HOME" && bash "$CLUSTER/operator/connection.sh" > "$FLWR_HOME/config.toml"
 
 srun --nodes=1 --ntasks=1 --nodelist="${{HOSTS[0]}}" --overlap bash "$CLUSTER/superlink/superlink.sh" &
 until (exec 3<>"/dev/tcp/${{HOSTS[0]}}/{plan.port}") 2>/dev/null; do sleep 1; done

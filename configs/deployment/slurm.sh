@@ -20,7 +20,7 @@ export FLWR_HOME="$CLUSTER/flwr-$SLURM_JOB_ID"
 
 # The SuperLink's host is known only now: certificate and scripts are made anew for it, keys and CA stay.
 ckd-fed cluster move "$CLUSTER" --host "${HOSTS[0]}"
-mkdir -p "$FLWR_HOME" && cp "$CLUSTER/operator/connection.toml" "$FLWR_HOME/config.toml"
+mkdir -p "$FLWR_HOME" && bash "$CLUSTER/operator/connection.sh" > "$FLWR_HOME/config.toml"
 
 srun --nodes=1 --ntasks=1 --nodelist="${HOSTS[0]}" --overlap bash "$CLUSTER/superlink/superlink.sh" &
 until (exec 3<>"/dev/tcp/${HOSTS[0]}/8000") 2>/dev/null; do sleep 1; done

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import socket
 import ssl
 import stat
@@ -63,7 +64,7 @@ def test_every_node_has_a_key_of_its_own_and_nobody_else_can_read_it(cluster):
     assert not list((folder / "nodes").rglob("ca.key")) + list((folder / "operator").rglob("*.key"))
 
 
-def test_scripts_and_what_is_printed_are_the_same_commands(cluster):
+def test_scripts_and_what_is_printed_are_the_same_commands(cluster, tmp_path):
     folder, printed = cluster("--data-dir", "/data/{name}", "--device", "student-0=cuda:1", "--port", "9000")
     for script in folder.rglob("*.sh"):
         subprocess.run(["bash", "-n", str(script)], check=True)
@@ -88,8 +89,11 @@ def test_scripts_and_what_is_printed_are_the_same_commands(cluster):
     assert superlink in printed
     assert "--enable-supernode-auth" in superlink
     assert "--insecure" not in printed
-    connection = tomllib.loads((folder / "operator/connection.toml").read_text())["superlink"]["lab"]
-    assert connection == {"address": "gpu1.example:9000", "root-certificates": str(folder / "operator/ca.crt")}
+    elsewhere = shutil.copytree(folder / "operator", tmp_path / "copied/with blank/operator")
+    for place in (folder / "operator", elsewhere):
+        said = subprocess.run(["bash", str(place / "connection.sh")], cwd="/", check=True, capture_output=True, text=True).stdout
+        connection = tomllib.loads(said)["superlink"]["lab"]
+        assert connection == {"address": "gpu1.example:9000", "root-certificates": str(place / "ca.crt")}
     assert len({node.port for node in plan.nodes}) == len(plan.nodes)
 
 
@@ -98,7 +102,7 @@ def test_insecure_is_said_and_makes_no_keys(cluster):
     assert "!! INSECURE" in printed
     assert not list(folder.rglob("*.key")) + list(folder.rglob("*.crt")) + list(folder.rglob("key"))
     assert "--insecure" in (folder / "superlink/superlink.sh").read_text()
-    assert "insecure = true" in (folder / "operator/connection.toml").read_text()
+    assert "insecure = true" in (folder / "operator/connection.sh").read_text()
     assert not (folder / "operator/register.sh").exists()
 
 

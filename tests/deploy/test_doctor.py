@@ -4,6 +4,7 @@ import contextlib
 import socket
 import ssl
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -148,13 +149,29 @@ def test_an_expired_authority(node, tmp_path):
     assert "expired" in failed(node_checks(folder, "toy"))["certificate"]
 
 
+def test_a_key_of_another_user_keeps_no_check_from_being_made(node, monkeypatch):
+    read = Path.read_bytes
+
+    def as_somebody_else(path):
+        if path.name == "key":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    folder = node()
+    monkeypatch.setattr(Path, "read_bytes", as_somebody_else)
+    checks = list(node_checks(folder, "toy"))
+    assert [check.name for check in checks][-2:] == ["key", "superlink"]
+    assert "Permission denied" in failed(checks)["key"]
+    assert "as the user who runs the node" in failed(checks)["key"]
+
+
 def test_a_connection_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     assert "cannot be read" in failed(connection_checks("lab", None))["connection"]
     (tmp_path / "config.toml").write_text('[superlink.other]\naddress = "127.0.0.1:1"\n')
     line = failed(connection_checks("lab", None))["connection"]
     assert "no connection 'lab' (there are: other)" in line
-    assert "connection.toml" in line
+    assert "connection.sh" in line
     assert "Connection refused" in failed(connection_checks("other", None))["superlink"]
 
 

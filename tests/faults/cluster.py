@@ -66,7 +66,8 @@ class Cluster:
         self.plan = ClusterPlan("faults", where, ports[0], nodes, bind=self.address)
         init_cluster(home / "cluster", self.plan, lambda line: None)
         (home / "flwr").mkdir()
-        shutil.copy(home / "cluster/operator/connection.toml", home / "flwr/config.toml")
+        with (home / "flwr/config.toml").open("wb") as file:
+            subprocess.run(["bash", str(home / "cluster/operator/connection.sh")], stdout=file, check=True)
         self.scripts = {"superlink": home / "cluster/superlink/superlink.sh"}
         self.scripts |= {node.name: home / "cluster/nodes" / node.name / "supernode.sh" for node in nodes}
         if disk_mb:
