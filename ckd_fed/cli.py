@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import re
 import sys
 import tomllib
@@ -50,6 +52,8 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
                 read = tomllib.loads(f"value = {value}")["value"]
             except tomllib.TOMLDecodeError:
                 read = value
+            if isinstance(read, (datetime.date, datetime.time)):  # no key has one: a name such as 2026-01-15
+                read = value
             values.update(flatten({key: read}))
             position = match.end()
     return values
@@ -87,12 +91,25 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def toml_overrides(values: dict[str, Any]) -> str:
-    """Overrides as the TOML that ``flwr run -c`` insists on: strings quoted."""
-    parts = []
-    for key, value in values.items():
-        text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value) if isinstance(value, (int, float)) else f'"{value}"'
-        parts.append(f"{key.replace('_', '-')}={text}")
-    return " ".join(parts)
+    """Overrides as the TOML that ``flwr run -c`` insists on: strings quoted.
+
+    Raises:
+        ConfigError: a string with both kinds of quotes, which Flower's command cannot take.
+    """
+    return " ".join(f"{key.replace('_', '-')}={_toml(key, value)}" for key, value in values.items())
+
+
+def _toml(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    text = str(value)
+    if '"' not in text:  # Flower takes the next one for the end, escaped or not
+        return json.dumps(text, ensure_ascii=False)
+    if "'" in text:
+        raise ConfigError(f"{key} is {text!r}; `flwr run -c` takes no value with both kinds of quotes, leave one of them out")
+    return f"'{text}'"
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -244,6 +244,9 @@ def _superlink(connection: str | None, environment: dict[str, str], write: Calla
             signal.raise_signal(number)
         _await_health(process, http, log)
         yield
+    except BaseException:
+        write(f"the log of the SuperLink that was started for this run: {log}")
+        raise
     finally:
         started = _descendants(process.pid)
         process.terminate()

@@ -5,12 +5,13 @@ from typing import get_type_hints
 
 import pytest
 import yaml
+from flwr.common.config import parse_config_args
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckd_fed import config as module
 from ckd_fed.backbones import BACKBONES
-from ckd_fed.cli import parse_overrides
+from ckd_fed.cli import parse_overrides, toml_overrides
 from ckd_fed.config import Config, configs_directory, flatten, read_recipe, resolve, restore
 from ckd_fed.errors import ConfigError
 
@@ -319,6 +320,21 @@ def test_the_files_that_are_shipped_are_valid(monkeypatch, kind):
         resolve({kind[:-1]: name})
     if kind == "backbones":
         assert set(names) == set(BACKBONES)
+
+
+@pytest.mark.parametrize("value", ["2026-01-15", "07:30:00", "2026-01-15T07:30:00", r"C:\data\baby", r"/data/a\b", 'say "a"', "it's", "ä b", "a\tb"])
+def test_a_string_reaches_flower_as_it_was_given(value):
+    """Of a bare word, a date for example, no more is read than a bool or a number; what is quoted again is read back the same."""
+    bare = not any(mark in value for mark in " '\"\t")
+    assert parse_overrides([f"name={value}" if bare else f"name='{value}'" if "'" not in value else f'name="{value}"']) == {"name": value}
+    again = toml_overrides({"name": value, "training.epochs": 3, "plain": True})
+    expected = {"name": value, "training.epochs": 3, "plain": True}
+    assert parse_overrides([again]) == expected
+    assert parse_config_args([again]) == expected
+
+
+def test_a_string_with_both_kinds_of_quotes_cannot_be_given_to_flower(refuses):
+    refuses(ConfigError, lambda: toml_overrides({"name": "a'b\"c"}), "name is", "both kinds of quotes")
 
 
 def test_of_several_overrides_the_last_wins_key_by_key(tmp_path):
