@@ -78,11 +78,13 @@ def jobs(recipe: Recipe, datasets: Sequence[str], backbones: Sequence[str], seed
 
     Args:
         recipe: the variants.
-        datasets, backbones, seeds: what the variants are crossed with.
+        datasets, backbones, seeds: what the variants are crossed with, each once however often it is named.
         overrides: for every run; a variant's own keys win.
     """
     found = []
-    for dataset, backbone, seed, (label, variant) in product(datasets, backbones, seeds, recipe.variants.items()):
+    for dataset, backbone, seed, (label, variant) in product(
+        dict.fromkeys(datasets), dict.fromkeys(backbones), dict.fromkeys(seeds), recipe.variants.items()
+    ):
         module_class = backbone.replace(":", "-")  # `RUN:MODEL` is how a run's model is named
         run = "-".join(["sweep", slug(recipe.name), dataset, module_class, f"s{seed}", slug(label)])
         # `distillation.rho` and `distillation: {rho: …}` are one key

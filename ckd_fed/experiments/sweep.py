@@ -17,6 +17,7 @@ from ckd_fed.data.locate import locate, open_dataset, resolve_for_data
 from ckd_fed.errors import CkdError, ConfigError, DataError
 from ckd_fed.experiments.recipe import Job
 from ckd_fed.home import code_version, home
+from ckd_fed.tracking.record import LOCK, sole_writer
 from ckd_fed.tracking.resume import resumed_config
 from ckd_fed.training.central import deciding_facts, train
 from ckd_fed.training.memory import TeacherMemory
@@ -40,8 +41,8 @@ def run_jobs(
 
     Variants of a seed share the teachers that are the same for them. A run that finished with the same configuration on the same data is taken
     as it is (a note says where other code made it). One that broke off goes on from the state that it left, if configuration, data and code
-    are still the same; else, or where it left none or cannot be read, it is begun anew, its folder replaced. A run that fails does not keep
-    the others from running.
+    are still the same; else, or where it left none or cannot be read, it is begun anew, its folder emptied. A run that another process is
+    training fails here, and one that another finished meanwhile is taken as it is. A run that fails does not keep the others from running.
 
     Args:
         planned: of :func:`~ckd_fed.experiments.recipe.jobs`.
@@ -63,28 +64,43 @@ def run_jobs(
     for job in planned:
         if place != (job.dataset, job.backbone, job.seed):  # other teachers; forget those of before
             memory, place = TeacherMemory(), (job.dataset, job.backbone, job.seed)
-        if job in kept:
-            found[job] = kept[job]
-            if (made_by := kept[job].start.get("code")) != code_version():
-                write(
-                    f"NOTE: {job.run} was trained by other code ({made_by}, this is {code_version()}) and is kept; remove its folder to train it anew"
-                )
-            done(job, "kept")
-            continue
         directory = _directory(job, configs[job])
         try:
-            config = _taken_up(configs[job], directory, opened)
-            if directory.exists():
-                write(f"{job.run} had broken off; it {'goes on from its last state' if config.resume else 'is begun anew'}")
-                if not config.resume:
-                    shutil.rmtree(directory)
-            train(config, write=partial(at, job), memory=memory)
-            found[job] = read_history(directory)
+            config = None if job in kept else _claimed(job, configs[job], directory, opened, write)
+            if config is not None:
+                train(config, write=partial(at, job), memory=memory)
+            found[job] = kept[job] if job in kept else read_history(directory)
         except Exception as error:  # whatever it is, it is this run's own affair
             done(job, f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
-        done(job, "finished")
+        if config is None and (made_by := found[job].start.get("code")) != code_version():
+            write(f"NOTE: {job.run} was trained by other code ({made_by}, this is {code_version()}) and is kept; remove its folder to train it anew")
+        done(job, "kept" if config is None else "finished")
     return found
+
+
+def _claimed(job: Job, config: Config, directory: Path, opened: _Datasets, write: Callable[[str], None]) -> Config | None:
+    """The configuration to train a run by, with ``resume`` if it had broken off and can go on; else what it left is deleted.
+
+    None if another process has finished it since the sweep began.
+
+    Raises:
+        ConfigError: another process is training it.
+    """
+    if not directory.exists():
+        return config
+    with sole_writer(directory):
+        if _finished(job, config, opened) is not None:
+            return None
+        config = _taken_up(config, directory, opened)
+        write(f"{job.run} had broken off; it {'goes on from its last state' if config.resume else 'is begun anew'}")
+        if not config.resume:
+            for path in directory.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+    return config
 
 
 def _directory(job: Job, config: Config) -> Path:

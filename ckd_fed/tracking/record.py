@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ckd_fed.analysis.users import UserTable
 
 Values = Mapping[str, float]
+LOCK = ".lock"  # in a run's folder: whoever holds it writes there
 
 
 class Mirror(Protocol):
@@ -195,7 +196,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
         ConfigError: another process is writing this run.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,6 +16,7 @@ from ckd_fed.experiments import sweep
 from ckd_fed.experiments.progress import SweepProgress
 from ckd_fed.experiments.recipe import jobs, read_sweep
 from ckd_fed.experiments.summary import spread, summarise
+from ckd_fed.tracking.record import sole_writer
 from ckd_fed.training import central, progress
 from ckd_fed.training.trainer import Trainer
 
@@ -144,6 +145,41 @@ def test_a_kept_run_of_other_code_is_told(recipe, trained, monkeypatch):
     assert len(sweep.run_jobs(planned, lambda job, how: None, said.append)) == len(said) == 4
     assert all("other code" in line and "9.9.9+abc" in line for line in said)
     assert len(trained) == 4
+
+
+def test_a_run_that_another_process_is_training_is_left_to_it(recipe, trained, tmp_path):
+    """Its folder has no last row and maybe no state yet, as one that broke off; but somebody holds its lock."""
+    name = jobs(read_sweep(str(recipe)), ["toy"], ["vbpr"], [1, 2], QUICK)[1].run
+    directory, how = tmp_path / "runs" / name, {}
+    with sole_writer(directory):
+        (directory / "metrics.jsonl").write_text('{"event": "start"}\n')
+        found = run(recipe, lambda job, ended: how.update({job.run: ended}))
+        assert (directory / "metrics.jsonl").read_text() == '{"event": "start"}\n'
+    assert name not in {job.run for job in found}
+    assert len(found) == len(trained) == 3
+    assert how[name].startswith("failed: ConfigError: another process is writing")
+    assert len(run(recipe)) == 4
+    assert trained.count(name) == 1
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_kept(recipe, trained, tmp_path):
+    planned = jobs(read_sweep(str(recipe)), ["toy"], ["vbpr"], [1], QUICK)
+    how, inner = {}, []
+
+    def done(job, ended):
+        how[job.run] = ended
+        if not inner:  # another sweep comes to this one's second run while it is at its first
+            inner.append(True)
+            run(recipe)
+
+    sweep.run_jobs(planned, done, lambda line: None)
+    assert how == {planned[0].run: "finished", planned[1].run: "kept"}
+    assert trained.count(planned[1].run) == 1
+
+
+def test_what_is_named_twice_is_run_once(recipe):
+    once = jobs(read_sweep(str(recipe)), ["toy"], ["vbpr"], [1, 2], {})
+    assert jobs(read_sweep(str(recipe)), ["toy", "toy"], ["vbpr", "vbpr"], [1, 2, 1], {}) == once
 
 
 @pytest.mark.parametrize("disturbed", ["", "code", "configuration", "metrics"])
