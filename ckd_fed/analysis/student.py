@@ -12,7 +12,7 @@ from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import open_dataset
 from ckd_fed.errors import DataError
 from ckd_fed.home import home
-from ckd_fed.training.build import build_trainer
+from ckd_fed.training.build import build_trainer, choose_device
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def load_student(history: RunHistory) -> Student:
     dataset = open_dataset(config, modalities=history.modalities)
     if other := other_data(history, dataset):
         raise DataError(f"run {history.name} was trained on {other}; put the run's own data there")
-    trainer = build_trainer(config, dataset, "student", cache=home(config) / "cache")
+    # Not where it was trained: that may be a GPU of another machine.
+    device = choose_device("cpu" if config.training.device == "cpu" else "auto")
+    trainer = build_trainer(config, dataset, "student", device=device, cache=home(config) / "cache")
     try:
         trainer.restore(to_tensors(load_checkpoint(path)[0]))
     except RuntimeError as error:  # torch names the parameters that do not fit

@@ -32,6 +32,7 @@ def _recommend(arguments: argparse.Namespace) -> None:
     import json
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ckd_fed.analysis.history import read_history
@@ -47,12 +48,13 @@ def _recommend(arguments: argparse.Namespace) -> None:
             row = {"item": item_ids[one.item], "index": one.item, "margin": one.margin}
             print(json.dumps({**row, "contributions": one.contributions, "speaks": one.speaks}, ensure_ascii=False))
         return
-    table = Table(title=f"user {arguments.user}: {len(found)} items, training and validation items left out", title_justify="left")
+    title = f"user {escape(arguments.user)}: {len(found)} items, training and validation items left out"
+    table = Table(title=title, title_justify="left")
     for column in ("rank", "item", "index", "margin", *student.backbone.modalities, "speaks for it"):
-        table.add_column(column, justify="left" if column == "speaks for it" else "right")
+        table.add_column(column, justify="left" if column == "speaks for it" else "right", overflow="fold" if column == "item" else "ellipsis")
     for rank, one in enumerate(found, start=1):
         added = [f"{one.contributions[m]:+.3f}" for m in student.backbone.modalities]
-        table.add_row(str(rank), item_ids[one.item], str(one.item), f"{one.margin:.3f}", *added, one.speaks)
+        table.add_row(str(rank), escape(item_ids[one.item]), str(one.item), f"{one.margin:.3f}", *added, one.speaks)
     Console(width=None if Console().is_terminal else 110).print(table)
     print("item: its id in the source; index: its number in the dataset.")
     print("margin: how much the item is preferred to the user's average item; under a modality: how much of it goes when the modality is absent.")

@@ -23,6 +23,7 @@ def add_commands(commands: Any, override: argparse.ArgumentParser) -> None:
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ckd_fed.analysis.locate import runs_directory
@@ -32,7 +33,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     recipe = read_sweep(arguments.recipe)
     try:
-        seeds = list(dict.fromkeys(int(seed) for seed in arguments.seeds.split(",")))
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds is {arguments.seeds!r}; whole numbers separated by commas are needed, for example 123,2024,7") from None
     overrides = {"tracking.report": False, **parse_overrides(arguments.config)}
@@ -64,11 +65,11 @@ def _sweep(arguments: argparse.Namespace) -> None:
     if found:
         lines = summarise(recipe, found)
         header, rows = table_rows(lines)
-        table = Table(title=recipe.title, title_justify="left")
+        table = Table(title=escape(recipe.title), title_justify="left")
         for column in header:
             table.add_column(column, justify="left" if column in ("dataset", "backbone", "variant") else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
         folder = Path(arguments.output).expanduser() if arguments.output else runs_directory().parent / "sweeps" / recipe.name
         for path in write_summary(recipe, lines, folder):

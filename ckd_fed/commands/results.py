@@ -32,6 +32,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _runs(arguments: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ckd_fed.analysis.history import METRIC, read_history
@@ -39,7 +40,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     from ckd_fed.errors import DataError
 
     root = runs_directory()
-    table = Table(title=f"runs in {root}", title_justify="left")
+    table = Table(title=f"runs in {escape(str(root))}", title_justify="left")
     for column in ("name", "dataset", "backbone", "state", "best val R@20", "test R@20", "when"):
         table.add_column(column, justify="right" if "R@20" in column else "left", overflow="fold")
     for directory in list_runs(root):
@@ -47,17 +48,18 @@ def _runs(arguments: argparse.Namespace) -> None:
         try:
             history = read_history(directory)
         except DataError:
-            table.add_row(directory.name, "", "", "damaged", "", "", when)
+            table.add_row(escape(directory.name), "", "", "damaged", "", "", when)
             continue
         tested = history.tested("student").get(METRIC)
         numbers = ["" if value is None else f"{value:.4f}" for value in (history.best, tested)]
-        names = [str(history.config.get(key, "")) for key in ("dataset", "backbone")]
-        table.add_row(directory.name, *names, history.state, *numbers, when)
+        names = [escape(str(history.config.get(key, ""))) for key in ("dataset", "backbone")]
+        table.add_row(escape(directory.name), *names, history.state, *numbers, when)
     _print(Console, table)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ckd_fed.analysis.compare import compare, read_entry
@@ -71,11 +73,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     table.add_column("run", overflow="fold")
     for column in ("mean", "difference", "95 % interval", "p", "p (Holm)"):
         table.add_column(column, justify="right")
-    table.add_row(found[0].label, f"{found[0].mean:.4f}", "", "", "", "")
+    table.add_row(escape(found[0].label), f"{found[0].mean:.4f}", "", "", "", "")
     for one in found[1:]:
         relative = f" ({one.difference / found[0].mean:+.1%})" if found[0].mean else ""
         interval = f"{one.low:+.4f} … {one.high:+.4f}"
-        table.add_row(one.label, f"{one.mean:.4f}", f"{one.difference:+.4f}{relative}", interval, f"{one.p:.2g}", f"{one.p_holm:.2g}")
+        table.add_row(escape(one.label), f"{one.mean:.4f}", f"{one.difference:+.4f}{relative}", interval, f"{one.p:.2g}", f"{one.p_holm:.2g}")
     _print(Console, table)
     print("Paired over users: interval and p of Student's t-test. It says how sure the difference is for these users and these training runs;")
     print("another seed moves both runs as well, so train several seeds before calling one method better.")

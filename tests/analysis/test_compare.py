@@ -67,8 +67,17 @@ def test_what_cannot_be_compared_is_said(runs, tmp_path, write_dataset, refuses)
     refuses(ConfigError, lambda: read_entry("one").values("recall@5"), "recall@5", "choices")
     refuses(DataError, lambda: read_entry("three"), "unknown run 'three'", "one, two")
     file = tmp_path / "runs" / "one" / "test_users.npz"
-    file.write_bytes(file.read_bytes()[:100])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
     refuses(DataError, lambda: read_entry("one"), "damaged", file)
+    refused = set()
+    for at in range(0, len(whole), 97):  # anywhere in the archive: names, compressed numbers, lists
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            load_users(file)
+        except DataError as error:
+            refused.add(str(error).partition(": ")[2].split()[0])
+    assert len(refused) > 1
     file.unlink()
     (tmp_path / "runs" / "one" / "checkpoints" / "best.safetensors").unlink()
     refuses(DataError, lambda: read_entry("one"), "best.safetensors")
@@ -99,6 +108,16 @@ def test_other_features_in_the_place_of_the_runs_own_are_told(runs, tmp_path, re
     path.with_name("image_mask.npy").unlink()
     np.save(path.with_name("audio_feat.npy"), features)  # which the run does not use
     read_entry("one")
+
+
+def test_names_are_printed_as_they_are(runs, capsys):
+    """What looks like markup in them is none."""
+    runs("try[alpha]", "[b]bold")
+    capsys.readouterr()
+    main(["runs"])
+    main(["compare", "[b]bold", "try[alpha]"])
+    out = capsys.readouterr().out
+    assert out.count("try[alpha]") == out.count("[b]bold") == 2
 
 
 def test_the_commands(runs, tmp_path, capsys):

@@ -110,3 +110,28 @@ def test_the_commands_speak_the_sources_ids(runs, tmp_path, capsys):
     row = json.loads(written[1].read_text().splitlines()[4])
     assert (row["user"], row["index"], row["items"], row["indices"]) == ("user é4", 4, [items[k] for k in expected], expected)
     assert [json.loads(path.read_text()) for path in written[2:]] == [users, items]
+
+
+def test_ids_are_printed_whole_and_as_they_are(runs, tmp_path, capsys):
+    """Neither read as markup nor cut."""
+    runs("one")
+    items = [f"[/{k}] red[new]shirt 3f2a9c81-77aa-4b1c-9e0d-{k:012d}" for k in range(40)]
+    for name, ids in (("users.json", [f"[b]{k}" for k in range(60)]), ("items.json", items)):
+        (tmp_path / "data" / "toy" / name).write_text(json.dumps(ids))
+    capsys.readouterr()
+    main(["recommend", "one", "--user", "[b]4", "--k", "2", "--json"])
+    expected = [json.loads(line)["item"] for line in capsys.readouterr().out.splitlines()]
+    main(["recommend", "one", "--user", "[b]4", "--k", "2"])
+    out = capsys.readouterr().out
+    assert "user [b]4" in out
+    column = "".join(line.split("│")[2].strip() for line in out.splitlines() if line.count("│") > 3)  # an id folds at its blanks
+    assert column.replace(" ", "") == "".join(expected).replace(" ", "")
+
+
+def test_a_student_of_a_gpu_is_used_where_there_is_none(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    directory = runs("one") / "one"
+    stored = directory / "config.yaml"
+    assert "device: auto" in stored.read_text()
+    stored.write_text(stored.read_text().replace("device: auto", "device: cuda:1"))
+    assert next(load_student(read_history(directory)).backbone.parameters()).device.type == "cpu"
