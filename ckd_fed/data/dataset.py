@@ -202,7 +202,10 @@ def _check_rows(directory: Path, modalities: tuple[str, ...], n_items: int, pair
     """An item id beyond every feature table is a bad id rather than a short table: say so, naming the user."""
     from ckd_fed.data.features import open_npy
 
-    rows = {modality: open_npy(directory / f"{modality}{_SUFFIX}").shape[0] for modality in modalities}
+    shapes = {modality: open_npy(directory / f"{modality}{_SUFFIX}").shape for modality in modalities}
+    if any(len(shape) != 2 for shape in shapes.values()):
+        return  # no table at all, which its own check says
+    rows = {modality: shape[0] for modality, shape in shapes.items()}
     if not rows or max(rows.values()) >= n_items or len(set(rows.values())) > 1:
         return
     limit = max(rows.values())

@@ -26,7 +26,8 @@ def plot_report(report: Report, path: Path) -> None:
     degrees.legend()
     for name in report.modalities:
         features, mask = np.asarray(report.dataset.features[name], dtype=np.float32), report.dataset.masks.get(name)
-        lengths.hist(np.linalg.norm(features if mask is None else features[mask], axis=1), bins=60, histtype="step", label=name)
+        length = np.linalg.norm(features if mask is None else features[mask], axis=1)
+        lengths.hist(length.astype(np.float64), bins=60, histtype="step", label=name)  # unit rows lie too close for 60 bins of float32
     lengths.set(xlabel="length of a feature row", ylabel="items", yscale="log")
     lengths.legend()
     measured = {name: one.signal for name, one in report.modalities.items() if one.signal is not None}

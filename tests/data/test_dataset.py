@@ -73,6 +73,13 @@ def test_features_with_too_many_or_different_rows(write_dataset, refuses):
     refuses(DataError, lambda: load_dataset(directory), directory / "text_feat.npy", "29 rows", "30 items")
 
 
+@pytest.mark.parametrize("shape", [(), (30,), (30, 2, 2)])
+def test_features_that_are_no_table_are_refused(shape, write_dataset, refuses):
+    directory = write_dataset()
+    np.save(directory / "text_feat.npy", np.zeros(shape, dtype=np.float32))
+    refuses(DataError, lambda: load_dataset(directory), directory / "text_feat.npy", f"has shape {shape}", "(items, dimension)")
+
+
 @pytest.mark.parametrize("value", ["5", 5.0, True, None, -5])
 def test_ids_that_are_no_ids(write_dataset, refuses, value):
     directory = write_dataset()

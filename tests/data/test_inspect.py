@@ -135,6 +135,16 @@ def test_histogram():
     assert histogram(np.array([1000, 99_999]))[-1] == ("1000+", 2)
 
 
+def test_rows_of_unit_length_can_be_drawn(write_dataset, tmp_path):
+    """As encoders give them, and as a transform of this package does: they differ by float32's rounding alone."""
+    directory = write_dataset(n_users=30, n_items=200)
+    for path in directory.glob("*_feat.npy"):
+        rows = np.random.default_rng(1).normal(size=(200, 64)).astype(np.float32)
+        np.save(path, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    main(["data", "inspect", str(directory), "--plot", str(tmp_path / "plot.png")])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_command(planted, tmp_path, capsys):
     main(["data", "inspect", str(planted), "--plot", str(tmp_path / "plot.png")])
     out = capsys.readouterr().out

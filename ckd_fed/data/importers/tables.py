@@ -162,10 +162,12 @@ def id_text(path: Path, column: str, row: int, value: object) -> str:
     """An id as text: whole floats, which is what pandas makes of integers beside missing ones, as integers.
 
     Raises:
-        DataError: no id at all.
+        DataError: no id at all, or a float so large that ids beside it may have become the same.
     """
     if isinstance(value, float) and not (math.isfinite(value) and value == int(value)):
         raise DataError(f"{path}, row {row}: {column} is {value}, which is no id")
+    if isinstance(value, float) and abs(value) >= 2**53:
+        raise DataError(f"{path}, row {row}: {column} is {value}; floats of this size do not tell neighbouring ids apart, write integers or texts")
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if value is None or isinstance(value, (bool, list, dict)):
@@ -217,7 +219,8 @@ def read_interactions(
 
     Args:
         path: the file.
-        user_column, item_column, time_column, split_column: names; by default those usual in the field.
+        user_column, item_column, time_column, split_column: names; by default those usual in the field. A time column that is not named is
+            read for a rule that goes by time, and left alone otherwise.
         rule: the split rule that was asked for, if any; then a column that merely looks like a split is not used.
 
     Raises:
@@ -226,7 +229,7 @@ def read_interactions(
     names = header(path)
     user = find_column(path, names, user_column, USER_NAMES, "user")
     item = find_column(path, names, item_column, ITEM_NAMES, "item")
-    time = find_column(path, names, time_column, TIME_NAMES, "time", needed=False)
+    time = find_column(path, names, time_column, TIME_NAMES, "time", needed=False) if time_column or rule in TIMED else None
     if time is None and rule in TIMED:
         raise DataError(
             f"{path} has no time column, which the split rule {rule} needs; name it with --time-column (columns: {', '.join(names)[:200]}), "

@@ -176,8 +176,11 @@ def _id_list(path: Path, ids: np.ndarray) -> list[str]:
 
 
 def _pick(path: Path, names: Sequence[str], shapes: Mapping[str, int], id_column: str) -> tuple[str, str | None]:
-    """Name of the matrix and of the ids among named arrays; ``shapes`` gives their numbers of axes."""
-    ids = find_column(path, names, id_column, ID_NAMES, "id", needed=False)
+    """Name of the matrix and of the ids among named arrays; ``shapes`` gives their numbers of axes.
+
+    The column of ids that was named may be another table's: then the usual names count.
+    """
+    ids = find_column(path, names, id_column if id_column in names else "", ID_NAMES, "id", needed=False)
     others = [name for name in names if name != ids]
     matrices = [name for name in others if name.lower() in _ARRAYS] or [name for name in others if shapes[name] == 2]
     if len(matrices) != 1:
@@ -207,7 +210,7 @@ def _read_safetensors(path: Path, id_column: str) -> Vectors:
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is no readable .safetensors file: {' '.join(str(error).split())[:100]}") from None
     features, ids = _pick(path, list(arrays), {name: array.ndim for name, array in arrays.items()}, id_column)
-    if ids and listed is not None and not id_column:
+    if ids and listed is not None and ids != id_column:
         raise DataError(f"{path} has ids in the tensor {ids!r} and in its metadata; say --id-column {ids} if the tensor's are meant")
     if ids:
         return Vectors(path, _id_list(path, arrays[ids]), arrays[features])

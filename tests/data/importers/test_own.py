@@ -272,7 +272,7 @@ def test_times_in_parquet_are_read_as_what_they_are(tmp_path, kind):
 
     column = time_columns(pa)[kind].take(pa.array([3, 0, 4, 1, 2]))
     parquet.write_table(pa.table({"user": ["a"] * 5, "item": list("vwxyz"), "time": column}), tmp_path / "log.parquet")
-    times = read_interactions(tmp_path / "log.parquet").times
+    times = read_interactions(tmp_path / "log.parquet", rule="temporal").times
     assert times.argsort().tolist() == [1, 3, 4, 0, 2]
     assert 1.38e9 < times.min() < times.max() < 1.41e9
 
@@ -290,7 +290,8 @@ def test_times_in_parquet_that_are_refused(tmp_path, refuses):
         ([True, False, True], ["'time' holds bool"]),
     ):
         parquet.write_table(pa.table({"user": list("aab"), "item": list("xyz"), "time": column}), path)
-        refuses(DataError, lambda: read_interactions(path), path, *mentions)
+        refuses(DataError, lambda: read_interactions(path, rule="temporal"), path, *mentions)
+        assert len(read_interactions(path, rule="random").users) == 3
     moments = pa.array([1, 2, 3], pa.timestamp("ns"))
     parquet.write_table(pa.table({"user": moments, "item": list("xyz")}), path)
     refuses(DataError, lambda: read_interactions(path), path)  # moments are no ids
@@ -323,8 +324,6 @@ def test_repeated_rows_keep_the_earliest_time(tmp_path, bring):
     (lambda t: t.replace(",train\n", ",training set\n", 1), ["'training set'", "line "]),
     (lambda t: t.replace(",train\n", "\n", 1), ["3 fields, the header has 4", "line "]),
     (lambda t: t.replace("u3,", ",", 1), ["user_id is empty", "line "]),
-    (lambda t: t.replace("1007,", "yesterday,", 1), ["timestamp is 'yesterday'", "line "]),
-    (lambda t: t.replace("1007,", "nan,", 1), ["timestamp is 'nan'"]),
     (lambda t: t + t.splitlines()[5].rpartition(",")[0] + ("," + ("val" if t.splitlines()[5].endswith("train") else "train")), ["two parts"]),
     (lambda t: t.splitlines()[0] + "\n", ["no rows"]),
     (lambda t: "", ["is empty"]),
@@ -337,6 +336,31 @@ def test_repeated_rows_keep_the_earliest_time(tmp_path, bring):
 def test_interactions_that_are_refused(own, bring, refuses, edit, mentions):
     (own / "clicks.csv").write_text(edit((own / "clicks.csv").read_text()))
     refuses(DataError, lambda: bring(own), *mentions)
+
+
+@pytest.mark.parametrize(("edit", "mentions"), [
+    (lambda t: t.replace("1007,", "yesterday,", 1), ["timestamp is 'yesterday'", "line "]),
+    (lambda t: t.replace("1007,", "nan,", 1), ["timestamp is 'nan'"]),
+    (lambda t: t.replace("split", "date"), ["2 columns that could be the time"]),
+])  # fmt: skip
+def test_times_count_where_the_rule_goes_by_them(own, bring, refuses, edit, mentions):
+    """Or where a column of them is named; for other rules a date in an unusual form is nobody's concern."""
+    (own / "clicks.csv").write_text(edit((own / "clicks.csv").read_text()))
+    refuses(DataError, lambda: bring(own, rule="leave-one-out"), *mentions)
+    if len(mentions) == 2:
+        refuses(DataError, lambda: bring(own, rule="random", time_column="timestamp"), *mentions)
+    assert bring(own, rule="random").n_users
+
+
+def test_ids_that_floats_cannot_tell_apart_are_refused(tmp_path, refuses):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "log.parquet"
+    parquet.write_table(pa.table({"user": [1.0, 2.0], "item": [2.0**53 - 1, 7.0]}), path)
+    assert read_interactions(path).items == ["9007199254740991", "7"]
+    parquet.write_table(pa.table({"user": [1.0, 2.0], "item": [7.0, 2.0**53]}), path)
+    refuses(DataError, lambda: read_interactions(path), path, "row 2", "item is 9007199254740992.0", "write integers or texts")
 
 
 def test_a_table_that_is_not_utf8_names_the_line(own, bring, refuses):
@@ -354,6 +378,21 @@ def test_an_id_twice(own, problem, bring, refuses, same):
     assert any("1 rows repeat another" in note for note in notes(dataset))
     np.savez(own / "text.npz", ids=[*NAMES, NAMES[3]], features=np.concatenate([matrix, matrix[4:5]]))
     refuses(DataError, lambda: bring(own), "text.npz", "sku-03", "rows 4 and 15")
+
+
+@pytest.mark.parametrize("kept", ["ids", "metadata", "sidecar"])
+def test_a_column_of_ids_that_is_named_may_be_one_tables_alone(own, problem, bring, same, kept):
+    """The option holds for all tables; the others may have their ids under another name, or elsewhere."""
+    (own / "image.parquet").unlink()
+    rows = "".join(",".join([name, *map(repr, row.tolist())]) + "\n" for name, row in zip(NAMES, problem[1]["image"], strict=True))
+    (own / "image.csv").write_text("what,a,b,c,d\n" + rows)
+    if kept != "ids":
+        (own / "text.npz").unlink()
+        metadata = {"ids": json.dumps(NAMES)} if kept == "metadata" else None
+        save_file({"features": problem[1]["text"]}, own / "text.safetensors", metadata=metadata)
+    if kept == "sidecar":
+        (own / "text_ids.json").write_text(json.dumps(NAMES))
+    same(bring(own, id_column="what"))
 
 
 @pytest.mark.parametrize("ending", [".csv", ".npz", ".safetensors", ".parquet"])
