@@ -28,8 +28,10 @@ def find_encoder(name: str) -> Encoder:
     if colon:
         try:
             found = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"the encoder {name!r} cannot be imported: {error}") from None
+        except (ImportError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"the encoder {name!r} cannot be imported: {error}; a module of this folder is found with PYTHONPATH=. before the command"
+            ) from None
         return found
     try:
         from sentence_transformers import SentenceTransformer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +87,29 @@ def fetch(source: Source, directory: Path, progress: Progress = lambda done, tot
         The file's sha256.
 
     Raises:
-        DataError: it cannot be had, or is not the file that the registry knows.
+        DataError: it cannot be had, or is not the file that the registry knows, or another process is fetching into that folder.
     """
-    destination = directory / source.name
     directory.mkdir(parents=True, exist_ok=True)
+    with _alone(directory):
+        return _fetch(source, directory, progress, wait, timeout)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a folder for this process; two that go on with one part would each append to it."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"another process is fetching into {directory}; wait for it, or end it") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _fetch(source: Source, directory: Path, progress: Progress, wait: float, timeout: float) -> str:
+    destination = directory / source.name
     if destination.is_file():
         digest = _sha256(destination)
         if source.sha256 and digest != source.sha256:
@@ -149,13 +170,21 @@ def _attempt(url: str, part: Path, tag: Path, progress: Progress, timeout: float
             if start not in (0, have):
                 raise _Interrupted(f"the server went on at byte {start:,}, not {have:,}")
             etag = response.headers.get("ETag", "")  # a weak one does not promise the same bytes
-            tag.write_text(json.dumps({"version": etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")}))
+            said = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
+            if not start:
+                part.unlink(missing_ok=True)  # first: what is there is of another version than the one written down next
+                tag.write_text(json.dumps({"version": said}))
+            elif said and said != version:  # a server that goes on whatever it was asked; one may also say nothing here, then it is as asked
+                part.unlink()
+                raise _Interrupted("the file was replaced by another while it was fetched")
             with part.open("ab" if start else "wb") as file:
                 done = start
                 for block in response.raw.stream(_BLOCK, decode_content=False):
                     file.write(block)
                     done += len(block)
                     progress(done, total)
+            if not done:
+                raise _Interrupted("the server sends an empty file")
             if total is not None and done != total:
                 raise _Interrupted(f"the connection was cut at {done:,} of {total:,} bytes")
     except (requests.RequestException, HTTPError) as error:

@@ -31,12 +31,12 @@ def whole_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         fresh.mkdir()
         yield fresh
-        if destination.exists():
-            os.rename(destination, old)
         try:
+            if destination.exists():
+                os.rename(destination, old)
             os.rename(fresh, destination)
-        except OSError:
-            if old.exists():
+        except BaseException:  # Ctrl-C too: the folder that was there is about to be deleted with the hidden one
+            if old.exists() and not destination.exists():
                 os.rename(old, destination)
             raise
     except DataError as error:

@@ -21,48 +21,52 @@ def transform(features: np.ndarray, mask: np.ndarray | None, text: str) -> np.nd
     Args:
         features: shape ``(n_items, dimension)``.
         mask: which items have the modality; None if all have. The others are left out of the fit and get rows of zeros.
-        text: one of :data:`KINDS`, or several joined by ``+``, done from left to right. ``center`` subtracts the mean row; ``z-score`` also
-            divides each column by its standard deviation (constant columns become 0); ``row-norm`` gives rows length 1 (rows of zeros stay);
+        text: one of :data:`KINDS`, or several joined by ``+``, done from left to right. ``center`` subtracts the mean row (constant columns
+            become 0); ``z-score`` also divides each column by its standard deviation; ``row-norm`` gives rows length 1 (rows of zeros stay);
             ``pca:N`` projects centred rows onto their N first principal components.
 
     Returns:
         Shape ``(n_items, dimension or N)`` float32.
 
     Raises:
-        DataError: an unknown transform, or more components than items or dimensions.
+        DataError: an unknown transform, or more components than the features have beyond the rounding of their dtype.
     """
+    eps = float(np.finfo(features.dtype).eps)
     present = np.ones(len(features), dtype=bool) if mask is None else mask
     rows = np.asarray(features[present], dtype=np.float64)
     for kind in text.split("+"):
-        rows = _step(rows, kind)
+        rows = _step(rows, kind, eps)
     result = np.zeros((len(features), rows.shape[1]), dtype=np.float32)
     result[present] = rows
     return result
 
 
-def _step(rows: np.ndarray, kind: str) -> np.ndarray:
+def _step(rows: np.ndarray, kind: str, eps: float) -> np.ndarray:
     name, _, number = kind.partition(":")
     if kind == "none":
         return rows
-    if kind == "center":
-        return rows - rows.mean(axis=0)
-    if kind == "z-score":
-        std = rows.std(axis=0)
-        constant = rows.min(axis=0) == rows.max(axis=0)  # whose standard deviation need not come out as 0
-        return (rows - rows.mean(axis=0)) / np.where(constant, 1, std) * ~constant
+    if kind in ("center", "z-score"):
+        constant = rows.min(axis=0) == rows.max(axis=0)  # whose mean and standard deviation need not come out exactly
+        centred = (rows - rows.mean(axis=0)) * ~constant
+        return centred if kind == "center" else centred / np.where(constant, 1, rows.std(axis=0))
     if kind == "row-norm":
         length = np.linalg.norm(rows, axis=1, keepdims=True)
         return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
     if name == "pca" and number.isascii() and number.isdecimal():
-        return _pca(rows, int(number))
+        return _pca(rows, int(number), eps)
     raise DataError(unknown("transform", kind, KINDS))
 
 
-def _pca(rows: np.ndarray, n: int) -> np.ndarray:
+def _pca(rows: np.ndarray, n: int, eps: float) -> np.ndarray:
     if not 1 <= n <= min(rows.shape):
         raise DataError(f"pca:{n} is asked of {rows.shape[0]:,} rows of {rows.shape[1]:,} dimensions; 1 to {min(rows.shape)} components are possible")
     centred = rows - rows.mean(axis=0)
-    _, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
+    values, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
+    # Numbers of this dtype are off by a quarter of eps in the root mean square; the rest is eigh's own rounding.
+    rounding = max(4 * eps**2 * float((rows**2).sum()) / rows.shape[1], float(values[-1]) * max(rows.shape) * float(np.finfo(np.float64).eps))
+    rank = int((values > rounding).sum())
+    if n > rank:
+        raise DataError(f"pca:{n} is asked of features that have {rank} components beyond rounding; 1 to {rank} are possible")
     axes = vectors[:, ::-1][:, :n]
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(n)])  # of two opposite directions one, always the same
     return centred @ axes

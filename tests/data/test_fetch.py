@@ -1,6 +1,8 @@
 """Downloads against a local HTTP server that cuts connections, knows no ranges, changes the file and lies."""
 
+import fcntl
 import hashlib
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,6 +30,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.etag, self.ranges, self.length = CONTENT, '"one"', True, True
+        self.believes, self.silent = False, False  # goes on with a range whatever the version asked for; names no version then
         self.cuts, self.statuses, self.asked = [], [], []
 
     @property
@@ -45,7 +48,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         start = 0
-        if server.ranges and self.headers.get("Range") and self.headers.get("If-Range") == server.etag:
+        same = server.believes or self.headers.get("If-Range") == server.etag
+        if server.ranges and self.headers.get("Range") and same:
             start = int(self.headers["Range"][6:-1])
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
@@ -54,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         body = server.content[start:]
         if server.length:
             self.send_header("Content-Length", str(len(body)))
-        if server.etag:
+        if server.etag and not (start and server.silent):
             self.send_header("ETag", server.etag)
         self.end_headers()
         self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
@@ -121,6 +125,39 @@ def test_a_file_that_changed_meanwhile_is_not_mixed(server, get, folder):
     get(sha256="")
     assert server.asked == ["bytes=400000-"]
     assert folder() == {"file.gz": CONTENT[::-1]}
+
+
+def test_a_server_that_goes_on_with_another_file_is_not_believed(server, get, folder):
+    server.cuts = [400_000, *[0] * ATTEMPTS]
+    with pytest.raises(DataError):
+        get(sha256="")
+    server.cuts, server.asked, server.content, server.etag, server.believes = [], [], CONTENT[::-1], '"two"', True
+    get(sha256="")
+    assert server.asked == ["bytes=400000-", ""]
+    assert folder() == {"file.gz": CONTENT[::-1]}
+
+
+def test_a_server_that_does_not_repeat_the_version_is_gone_on_with(server, get, folder):
+    server.silent, server.cuts = True, [400_000, 300_000, 300_000]
+    get()
+    assert server.asked == ["", "bytes=400000-", "bytes=700000-", "bytes=1000000-"]
+    assert folder() == {"file.gz": CONTENT}
+
+
+def test_two_at_once(get, folder, refuses, tmp_path):
+    (tmp_path / "sources").mkdir()
+    handle = os.open(tmp_path / "sources", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    refuses(DataError, get, "another process is fetching into", tmp_path / "sources")
+    assert folder() == {}
+    os.close(handle)
+    assert get() == SHA256
+
+
+def test_an_empty_answer_is_no_file(server, get, folder, refuses):
+    server.content = b""
+    refuses(DataError, lambda: get(sha256=""), "empty file", f"{ATTEMPTS} times in a row")
+    assert "file.gz" not in folder()
 
 
 def test_without_a_version_a_part_is_never_continued(server, get, folder):

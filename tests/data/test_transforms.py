@@ -35,6 +35,21 @@ def test_pca_is_the_singular_value_decomposition():
     np.testing.assert_allclose(transform(ROWS, None, "pca:6") @ transform(ROWS, None, "pca:6").T, centred @ centred.T, atol=1e-2)
 
 
+def test_components_that_are_rounding_are_refused(refuses):
+    """They would be noise, and a z-score after them would make as much of it as of the others."""
+    rng = np.random.default_rng(1)
+    rows = rng.normal(3, 1, size=(200, 10)) @ rng.normal(size=(10, 32))
+    for dtype in (np.float64, np.float32, np.float16):
+        assert transform(rows.astype(dtype), None, "pca:10+z-score").std(0) == pytest.approx(np.ones(10), rel=1e-4)
+        refuses(DataError, lambda dtype=dtype: transform(rows.astype(dtype), None, "pca:11"), "have 10 components", "1 to 10 are possible")
+    assert transform((ROWS * [1, 1, 1, 1, 1, 0.01]).astype(np.float32), None, "pca:6").shape == (40, 6)  # small, but there
+    refuses(DataError, lambda: transform(ROWS[:4], None, "pca:4"), "have 3 components")  # of four centred rows
+
+
+def test_centred_constants_are_zero():
+    assert (transform(np.full((7, 4), 0.1), None, "center+row-norm") == 0).all()
+
+
 def test_items_that_lack_the_modality_are_no_part_of_the_fit():
     mask = np.arange(40) % 3 > 0
     wild = np.where(mask[:, None], ROWS, 1e9)
