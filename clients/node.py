@@ -58,8 +58,8 @@ class Node:
     def dataset(self, role: str) -> Dataset:
         """The dataset with the modalities of a role: a teacher opens its own modality's file and no other."""
         if role.startswith("teacher/"):
-            return self._dataset((role.removeprefix("teacher/"),))
-        return self._dataset(self.config.modalities or None)
+            return self._dataset((role.removeprefix("teacher/"),), at_least=1)
+        return self._dataset(self.config.modalities or None, at_least=2)
 
     def card(self, run: str) -> NodeCard:
         """What this node says of itself at enrolment to a run; loads and checks its data."""
@@ -180,10 +180,9 @@ class Node:
             del _FITS[path]
         delete_states(self._workspaces, run)
 
-    def _dataset(self, modalities: tuple[str, ...] | None) -> Dataset:
+    def _dataset(self, modalities: tuple[str, ...] | None, at_least: int) -> Dataset:
         path, standin = locate(self.config, self.node_config)
         name = f"{self.config.dataset} (generated stand-in)" if standin else self.config.dataset
-        at_least = 1 if modalities is not None and len(modalities) == 1 else 2
         return _load(path, name, modalities, at_least, standin, _stamp(path))
 
 

@@ -76,6 +76,7 @@ class Federation:
         """Both phases from where the state stands, then the best student's test."""
         if not self.state.number:
             self.checkpoint()  # from now on there is something to resume
+        self._write_students()  # those there may be of a round that was not written down, and is done again now
         for m, reason in self.plan.lost.items():
             self._drop(m, reason)
         if self.state.phase == TEACHERS:
@@ -92,6 +93,13 @@ class Federation:
         """Mark the run as finished, once its final row is written."""
         self.state.phase = FINISHED
         self.checkpoint()
+
+    def _write_students(self) -> None:
+        """Write the students of the state, for whoever uses them, as far as there are any."""
+        state = self.state
+        for name, parameters, epoch in (("best", state.best, state.stopping.best_epoch), ("last", state.last, state.epoch)):
+            if parameters:
+                self.record.checkpoint(name, parameters, epoch=epoch, round=state.number)
 
     def checkpoint(self) -> None:
         """Write down the state as of the last row of the record."""
@@ -220,7 +228,9 @@ class Federation:
             state.best = best
             self.record.checkpoint("best", state.best, epoch=state.stopping.best_epoch, round=state.number)
         self.record.checkpoint("last", state.last, epoch=state.epoch, round=state.number)
-        state.stretch = grown(self.config, state.stretch, len(rows), traffic["seconds/messaging"], seconds)
+        # A node that gives an answer once more works no time at all, but the rows say what their epochs took.
+        messaging = traffic["seconds/messaging"]
+        state.stretch = grown(self.config, state.stretch, len(rows), messaging, max(seconds, messaging + sum(took)))
 
     def _say_unvalidated(self, seconds: float) -> None:
         self.state.number += 1

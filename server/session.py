@@ -116,7 +116,7 @@ def _run(exchange: Exchange, plan: Plan, directory: Path, state: RunState, flowe
         reason = _ENDED if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         record.fail(reason)
         go_on = f"to go on from the last finished round: -c 'resume=\"{directory.name}\"'"
-        if isinstance(error, SystemExit):
+        if isinstance(error, (SystemExit, OSError)):  # the latter above all of a full disk
             write(f"{reason}; {go_on}")
         if isinstance(error, ReplyError) and not isinstance(error, FinalError):
             raise type(error)(f"{error}; {go_on}") from None

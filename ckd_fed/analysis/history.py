@@ -48,8 +48,8 @@ class RunHistory:
 
     @cached_property
     def failure(self) -> str:
-        """Why the run failed; empty where it did not, or went on to a good end after being resumed."""
-        last = next((row for row in reversed(self.rows) if row["event"] in ("final", "failed")), {})
+        """Why the run failed; empty where it did not, or has been gone on with since."""
+        last = next((row for row in reversed(self.rows) if row["event"] in ("final", "failed", "resume")), {})
         return str(last.get("reason", "no reason given")) if last.get("event") == "failed" else ""
 
     @property

@@ -48,6 +48,7 @@ def evaluate(
     users = held_out.users[worker::workers]
     longest = min(max(ks), train.n_items)
     metrics = RankingMetrics(tuple(sorted(ks)))
+    metrics.update(np.zeros((0, max(ks)), dtype=bool), np.zeros(0, dtype=np.int64))  # a share without users has sums too: 0
     for chunk, top in top_items(embeddings, train, users, longest, among):
         hits = held_out.contains(chunk[:, None], top)
         if longest < max(ks):  # fewer items than K: the list ends early

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -149,8 +149,9 @@ class Record:
         self.close()
 
     def fail(self, reason: str) -> None:
-        """Record why the run ended early."""
-        self.row("failed", reason=reason)
+        """Record why the run ended early, if the disk still takes it: it must not come between that and whoever is to know."""
+        with suppress(OSError):
+            self.row("failed", reason=reason)
         for mirror in self._mirrors:
             mirror.finish({"failed": reason})
         self.close()

@@ -21,10 +21,10 @@ _WIDEST_TAG = 64
 class WandbMirror:
     """One W&B run, written by the one process that also writes ``metrics.jsonl``.
 
-    Rounds are a metric, ``round``, and every other metric is plotted over it (an offline run that is resumed starts W&B's own step
-    anew). Only ``round`` and ``final`` rows are mirrored: they hold all that is plotted. Beside them there are two tables, ``tables/final``
-    (a row a model) and ``tables/groups`` (recall by groups of users and items), and two artifacts, the best student and the resolved
-    configuration.
+    Rounds are a metric, ``round``, and every other metric is plotted over it. A run that is gone on with is a W&B run of its own from there on;
+    ``ckd-fed wandb replay`` makes one of all. Only ``round`` and ``final`` rows are mirrored: they hold all that is plotted. Beside them there
+    are two tables, ``tables/final`` (a row a model) and ``tables/groups`` (recall by groups of users and items), and two artifacts, the best
+    student and the resolved configuration.
 
     Args:
         directory: of the run; W&B writes into ``wandb/`` below it.
@@ -43,6 +43,8 @@ class WandbMirror:
         try:
             self._run = _init(directory, config, facts, write)
             write(f"W&B: {self._run.settings.mode} run {self._run.id} in {directory / 'wandb'}")
+            if config.resume:
+                write(f"W&B: that run holds the rounds from here on; `ckd-fed wandb replay {config.resume}` makes one run of all, at the end")
         except Exception as error:
             self._give_up(error)
 

@@ -11,7 +11,9 @@ from loopback import LoopbackGrid
 from ckd_fed.checkpoint import load_checkpoint, load_state
 from ckd_fed.errors import EnrolmentError, ReplyError
 from ckd_fed.tracking.record import read_rows
+from ckd_fed.training.fit import Fit
 from clients import node as client_node
+from server import federation
 
 SMALL = {
     "dataset": "toy",
@@ -454,3 +456,43 @@ def test_a_late_reply_to_an_earlier_request_is_not_used(tmp_path, homes, federat
     federate(SMALL, nodes=nodes, run="late", tamper=late, write=lines.append)
     assert [line for line in lines if "bound to something else (nonce" in line]
     assert equal(tmp_path, "late", "undisturbed")
+
+
+def test_an_answer_given_once_more_is_not_taken_for_a_round_without_work(homes, federate, monkeypatch):
+    """Its node worked no time for it; rounds that grew by that would grow without bound."""
+    lost, asked, real_grown, real_advance = [], [], federation.grown, Fit.advance
+
+    def tamper(message, reply):
+        if message.metadata.message_type.endswith(".distil") and not lost:
+            lost.append(message)
+            return None
+        return reply
+
+    def grown(config, validations, held, messaging, seconds):
+        asked.append((held, seconds - messaging))
+        return real_grown(config, validations, held, messaging, seconds)
+
+    def advance(self, *arguments, **more):
+        return [{**row, "seconds": 20.0} for row in real_advance(self, *arguments, **more)]
+
+    monkeypatch.setattr(federation, "grown", grown)
+    monkeypatch.setattr(Fit, "advance", advance)
+    overrides = {**SMALL, "distillation.enabled": False, "training.epochs": 30, "training.patience": 30, "federation.reply-timeout": 1}
+    _, _, done = federate(overrides, nodes=LoopbackGrid(homes("student"), tamper))
+    assert lost
+    assert all(work >= 20 * held for held, work in asked)
+    assert done.state.stretch <= 8
+
+
+def test_more_students_than_users_to_validate_by(tmp_path, write_dataset, federate):
+    (tmp_path / "data").mkdir()
+    write_dataset("data/toy", n_users=60, n_items=40)
+    nodes = [{"partition-id": n, "num-partitions": 4} for n in range(4)]
+    overrides = {**SMALL, "training.validation-users": 1}
+    result, _, _ = federate({**overrides, "federation.student-workers": 2}, nodes=nodes)
+    assert result.outcomes["student"].test
+
+
+def test_a_student_of_one_modality_is_refused_before_anybody_trains(homes, federate, refuses):
+    overrides = {**SMALL, "data.modalities": "text"}
+    refuses(EnrolmentError, lambda: federate(overrides, nodes=homes("text", "student")), "at least 2", "text")

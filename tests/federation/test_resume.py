@@ -12,6 +12,7 @@ from ckd_fed.checkpoint import load_checkpoint, load_state, save_checkpoint
 from ckd_fed.errors import ConfigError, DataError, EnrolmentError, ReplyError
 from ckd_fed.tracking.record import Record, read_rows
 from clients import node as client_node
+from server import checkpoints, federation
 
 SMALL = {
     "dataset": "toy",
@@ -197,6 +198,48 @@ def test_what_cannot_be_resumed(toy, federate, kill, refuses):
     refuses(ConfigError, lambda: federate({**resume, "name": "other"}), "name is 'other' here")
     federate({**resume, "training.epochs": 12, "federation.retry-limit": 7})  # repeated, and changed where nothing depends on it
     refuses(ConfigError, lambda: federate(resume), "'run' is finished")
+
+
+def test_the_students_that_lie_there_are_those_of_the_state(toy, federate, kill):
+    """The server died between writing a round's student and writing the round down; the round is done again and may gain nothing then."""
+    kill(SMALL, 19, answered=True, run="run")
+    state = checkpoints.load_state(toy / "runs/run")
+    folder = toy / "runs/run/checkpoints"
+    for name in ("best", "last"):
+        arrays, values = load_checkpoint(folder / f"{name}.safetensors")
+        save_checkpoint(folder / f"{name}.safetensors", {key: array + 1 for key, array in arrays.items()}, values)
+    kill({"resume": "run", "name": ""}, 2, answered=False, run="run")
+    for name, parameters in (("best", state.best), ("last", state.last)):
+        arrays, _ = load_checkpoint(folder / f"{name}.safetensors")
+        assert arrays.keys() == parameters.keys()
+        assert all(np.array_equal(arrays[key], parameters[key]) for key in arrays)
+
+
+@pytest.mark.parametrize("full", ["for a moment", "for good"])
+def test_a_full_disk_of_the_server_is_told_with_how_to_go_on(full, toy, federate, monkeypatch):
+    federate(SMALL, run="undisturbed")
+    saved, real_save, real_row, lines = [], federation.save_state, Record.row, []
+
+    def save(directory, state):
+        saved.append(state)
+        if len(saved) == 5:
+            raise OSError(28, "No space left on device")
+        real_save(directory, state)
+
+    def row(self, event, **values):
+        if event == "failed" and full == "for good":
+            raise OSError(28, "No space left on device, still")
+        real_row(self, event, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(federation, "save_state", save)
+        patch.setattr(Record, "row", row)
+        with pytest.raises(OSError, match=r"No space left on device$"):
+            federate(SMALL, run="run", write=lines.append)
+    assert any("No space left" in line and 'resume="run"' in line for line in lines)
+    client_node._FITS.clear()
+    federate({"resume": "run", "name": ""})
+    same(toy, "run", "undisturbed")
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(toy, federate, kill, refuses):
