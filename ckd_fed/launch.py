@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -82,7 +83,13 @@ def app_config(app: Path) -> dict[str, Any]:
 def _run(app: Path, connection: str | None, overrides: Sequence[str], environment: dict[str, str], follow: Callable[[str], None] | None) -> None:
     target = [connection] if connection else []
     options = [word for override in overrides for word in ("-c", override)]
-    started = _json(["run", str(app), *target, "--format", "json", *options], environment)
+    try:
+        started = _json(["run", str(app), *target, "--format", "json", *options], environment)
+    except KeyboardInterrupt as interrupt:
+        if _is_local(connection):  # its SuperLink ends with us
+            raise
+        seen = shlex.join(["flwr", "ls", *target])
+        raise RunError(f"{interrupt}; the run may have been submitted all the same: `{seen}` shows it, `flwr stop` ends it") from None
     run_id = str(started.get("run-id") or "")
     if not run_id:
         raise RunError(f"flwr run did not start: {started.get('error-message') or started}")

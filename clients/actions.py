@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, Message
 
-from ckd_fed.backbones.base import Embeddings
 from ckd_fed.checkpoint import to_arrays, to_tensors
 from ckd_fed.data.triples import StepTriples, triples_hash
 from ckd_fed.distillation.margins import margin_sheet
@@ -81,7 +80,7 @@ def score(request: Request, node: Node) -> Answer:
     }
     ledger = node.ledger(run, role)
     teacher, dtype, bound = model.trainer.soft_scores(), margin_dtype(config), config.distillation.margin_bound
-    by = _answering(teacher, dtype, bound)
+    by = _answering(model, dtype, bound)
     new = ledger.admit(agreement, first, epochs, per_epoch, by)
     (modality,) = model.trainer.dataset.modalities
     mask = model.trainer.dataset.masks.get(modality)
@@ -95,11 +94,12 @@ def score(request: Request, node: Node) -> Answer:
     return {"hashes": hashes}, {}, sheets
 
 
-def _answering(teacher: Embeddings, dtype: np.dtype, bound: float) -> str:
-    """Fingerprint of what decides a teacher's margins besides the triples: its tables, and to how many digits and what size they are sent."""
+def _answering(teacher: Fit, dtype: np.dtype, bound: float) -> str:
+    """Fingerprint of what decides a teacher's margins besides the triples: its best parameters, to how many digits and up to what size."""
     total = hashlib.sha256(f"{dtype.str} {bound!r}".encode())
-    for table in (teacher.users, teacher.items):
-        total.update(table.cpu().contiguous().numpy().data)
+    for name, array in sorted(to_arrays(teacher.best).items()):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()[:16]
 
 

@@ -81,12 +81,12 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build(train, tensors, *present, **options)
-    backbone = backbone.to(device=device, dtype=dtype)
+    backbone = backbone.to(dtype=dtype)
     if held != dtype:
         for modality in features:
             buffer = f"features_{modality}"
             backbone.register_buffer(buffer, backbone.get_buffer(buffer).to(held), persistent=False)
-    return backbone
+    return backbone.to(device=device)  # last: a GPU never holds the wide features
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ckd_fed.analysis.compare import Comparison, Entry
 from ckd_fed.analysis.history import METRIC, series
 from ckd_fed.home import write_atomically
-from ckd_fed.report.style import WIDTH, legend_below, line, styled, whole_numbers
+from ckd_fed.report.style import WIDTH, legend_below, line, plain_label, styled, whole_numbers
 
 
 def draw_comparison(entries: Sequence[Entry], found: Sequence[Comparison], metric: str) -> Figure:
@@ -49,4 +49,4 @@ def write_comparison(entries: Sequence[Entry], found: Sequence[Comparison], metr
 
 def _short(label: str, longest: int = 32) -> str:
     name = label.rstrip("/").rpartition("/")[2] if label.count("/") > 1 else label
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return plain_label(name if len(name) <= longest else f"{name[: longest - 1]}…")

@@ -59,6 +59,11 @@ def figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     return made, list(axes[:, 0])
 
 
+def plain_label(text: str) -> str:
+    """A text that matplotlib draws as it stands: no mathematics between dollar signs, and in a legend though it begins with an underscore."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def line(axes: Axes, index: int, x: Sequence[float], y: Sequence[float], label: str) -> None:
     """A line with dashes and markers of its own; at most a dozen markers however many points there are."""
     colour, dashes, marker = _LINES[index % len(_LINES)]

@@ -1,5 +1,9 @@
 """Runs listed, found again and compared user by user."""
 
+import io
+import json
+import warnings
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,6 +14,7 @@ from ckd_fed.analysis.student import load_student
 from ckd_fed.analysis.users import load_users
 from ckd_fed.cli import main
 from ckd_fed.errors import ConfigError, DataError
+from ckd_fed.report.comparison import draw_comparison
 from ckd_fed.tracking.record import read_rows
 
 
@@ -111,13 +116,32 @@ def test_other_features_in_the_place_of_the_runs_own_are_told(runs, tmp_path, re
 
 
 def test_names_are_printed_as_they_are(runs, capsys):
-    """What looks like markup in them is none."""
-    runs("try[alpha]", "[b]bold")
+    """What looks like markup in them is none, nor is it mathematics to a figure or hidden from its legend."""
+    runs("try[alpha]", "[b]bold", "$a_$", "_x")
     capsys.readouterr()
     main(["runs"])
     main(["compare", "[b]bold", "try[alpha]"])
     out = capsys.readouterr().out
+    entries = [read_entry(name) for name in ("$a_$", "_x", "[b]bold")]
+    drawn = draw_comparison(entries, compare(entries, "recall@20"), "recall@20")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a sign that the font lacks, for example
+        drawn.savefig(io.BytesIO(), format="png")
+    named = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
+    assert [name.replace("\\$", "$").lstrip("\u200b") for name in named] == ["$a_$", "_x", "[b]bold"]
     assert out.count("try[alpha]") == out.count("[b]bold") == 2
+
+
+@pytest.mark.parametrize(("events", "state"), [
+    (["failed"], "failed"), (["failed", "resume"], "unfinished"), (["failed", "resume", "failed"], "failed"),
+    (["failed", "resume", "final"], "finished"),
+])  # fmt: skip
+def test_a_run_that_is_gone_on_with_has_not_failed(events, state, runs):
+    directory = runs("one") / "one"
+    rows = read_rows(directory / "metrics.jsonl")
+    kept = [row for row in rows if row["event"] != "final"] + [rows[-1] if event == "final" else {"event": event, "time": 0.0} for event in events]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert read_history(directory).state == state
 
 
 def test_the_commands(runs, tmp_path, capsys):

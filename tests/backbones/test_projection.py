@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckd_fed.backbones import projection
+from ckd_fed.backbones.build import build_backbone
 
 
 @pytest.fixture
@@ -69,3 +72,20 @@ def test_it_pays_beyond_a_block():
 def test_it_does_not_pay_where_all_features_are_a_block():
     """However many rows are asked for, some of them several times."""
     assert not projection.pays(torch.empty(8, projection.BLOCK // 32), 100)
+
+
+def test_a_device_never_holds_the_features_wider_than_they_are_to_be(make_dataset):
+    """Or its memory would be full before they are narrowed."""
+    dataset, held = make_dataset(n_items=50), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            result = operation(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor) and result.device.type == "meta":
+                held.append((tuple(result.shape), result.dtype))
+            return result
+
+    features = {m: np.asarray(x, dtype=np.float32) for m, x in dataset.features.items()}
+    with Watch():
+        build_backbone("vbpr", dataset.train, features, {}, seed=0, device=torch.device("meta"), feature_dtype=torch.bfloat16)
+    assert {dtype for shape, dtype in held if shape in {x.shape for x in features.values()}} == {torch.bfloat16}
