@@ -76,12 +76,17 @@ def _train(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from ckd_fed.config import resolve
+    from ckd_fed.config import flatten, resolve
     from ckd_fed.launch import app_config, flower_run
     from ckd_fed.tracking.live import FollowedLog, LiveProgress
 
     app, overrides = Path(arguments.app), parse_overrides(arguments.config)
-    resolve(app_config(app), overrides)  # a wrong key or value is told here and now, not by a ServerApp half a minute later
+    declared = app_config(app)
+    resolve(declared, overrides)  # a wrong key or value is told here and now, not by a ServerApp half a minute later
+    for key in overrides:
+        if key not in flatten(declared):  # an option of a backbone of one's own
+            shown = key.replace("_", "-")
+            raise ConfigError(f"-c sets {shown}, and Flower takes no key that the app does not name: write it into {app}/pyproject.toml first")
     words, console = [toml_overrides(overrides)] if overrides else [], Console()
     if not console.is_terminal:
         flower_run(app, arguments.connection, words, print)

@@ -1,7 +1,8 @@
 """The validated configuration of a run.
 
 Values come in layers, later ones winning: the defaults below, ``configs/datasets/<dataset>.yaml``, ``configs/backbones/<backbone>.yaml``,
-``configs/recipes/<recipe>.yaml``, the simulation's ``[tool.flwr.app.config]``, and ``--run-config``. Keys are dotted
+on the stand-in ``configs/datasets/<dataset>-standin.yaml``, ``configs/recipes/<recipe>.yaml``, the simulation's ``[tool.flwr.app.config]``, and
+``--run-config``. Keys are dotted
 (``training.learning-rate``), hyphens and underscores are the same, and an empty string means "not set here".
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckd_fed import launch
+from ckd_fed.cli import main
 from ckd_fed.launch import RunError, app_config, flower_run
 
 INTERPRETER = sys.executable  # tests put another one in its place
@@ -238,3 +239,15 @@ def test_a_superlink_that_does_not_start_is_an_error_with_its_log(flower, tmp_pa
 
 def test_a_folder_without_an_app_is_named(tmp_path, refuses):
     refuses(launch.ConfigError, lambda: app_config(tmp_path), tmp_path, "no Flower app")
+
+
+def test_a_key_that_the_app_does_not_name_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
+    """An option of a backbone of one's own: Flower would refuse it without saying what to do."""
+    (tmp_path / "pyproject.toml").write_text('[tool.flwr.app.config]\ndataset = "baby"\n[tool.flwr.app.config.model]\nlayers = ""\n')
+    started = []
+    monkeypatch.setattr("ckd_fed.launch.flower_run", lambda *arguments: started.append(arguments))
+    with pytest.raises(SystemExit):
+        main(["run", str(tmp_path), "-c", "model.depth=3"])
+    assert f"model.depth, and Flower takes no key that the app does not name: write it into {tmp_path}/pyproject.toml" in capsys.readouterr().err
+    main(["run", str(tmp_path), "-c", 'dataset="baby" model.layers=3'])
+    assert len(started) == 1

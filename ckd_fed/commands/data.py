@@ -86,7 +86,9 @@ def _add_import(data: Subparsers, home: argparse.ArgumentParser) -> None:
     for column in ("user", "item", "time", "split", "id"):
         table = "the feature tables" if column == "id" else "the interactions"
         own.add_argument(f"--{column}-column", default="", metavar="NAME", help=f"of {table}, where its name is none of the usual")
-    own.add_argument("--rows-are-ids", action="store_true", help="row k of a feature file without ids belongs to the item with the id k")
+    own.add_argument(
+        "--rows-are-ids", action="store_true", help="row k of a .npy, .npz or .safetensors without ids belongs to the item with the id k"
+    )
     command.set_defaults(action=_import)
 
 
@@ -212,7 +214,9 @@ def _add_prepare(data: Subparsers, home: argparse.ArgumentParser) -> None:
         help="of the texts: a model of sentence-transformers, by default the literature's (sentence-transformers/all-MiniLM-L6-v2), or "
         "module:function",
     )
-    command.add_argument("--text-vectors", default="", metavar="FILE", help="text features computed elsewhere, with ASINs for ids")
+    command.add_argument(
+        "--text-vectors", default="", metavar="FILE", help="text features computed elsewhere, with ASINs for ids (column item_id or asin)"
+    )
     command.add_argument(
         "--split", default="random", metavar="RULE", help="random (the published rule), leave-one-out, temporal, cold-items or warm-and-cold"
     )

@@ -43,7 +43,10 @@ def prepare(
     if rule not in RULES:
         raise DataError(unknown("split rule", rule, RULES))
     if text_vectors is not None:  # whatever can be told before minutes of reading is told now
-        vectors = read_vectors(text_vectors)
+        try:
+            vectors = read_vectors(text_vectors)
+        except DataError as error:  # which may advise what an import has options for
+            raise DataError(f"--text-vectors: {error} (here: call the ids item_id or asin; .npy, .npz: a list {text_vectors.stem}_ids.txt)") from None
     else:
         encoder = encoder or DEFAULT
         encoder_function = find_encoder(encoder)

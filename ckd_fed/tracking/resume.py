@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,16 @@ def resumed_config(directory: Path, given: Mapping[str, Any]) -> Config:
         raise DataError(f"resume: {directory / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from None
     wanted = {key: value for key, value in flatten(given).items() if value != ""}
 
-    for key, value in wanted.items():
-        if not _is_free(key) and own.get(key, "") != value:
-            shown = key.replace("_", "-")
-            raise ConfigError(
-                f"resume: {shown} is {value!r} here, the run {directory.name!r} has {own.get(key, '')!r}; leave {shown} out, or start a new run"
-            )
+    different = [key for key, value in wanted.items() if not _is_free(key) and own.get(key, "") != value]
+    if different:
+        key, *_ = different
+        shown = key.replace("_", "-")
+        # What the app's pyproject.toml sets comes here too, and nobody can leave that out.
+        repeated = " ".join([f'resume="{directory.name}"', *(f"{one.replace('_', '-')}={json.dumps(own.get(one, ''))}" for one in different)])
+        raise ConfigError(
+            f"resume: {shown} is {wanted[key]!r} here, the run {directory.name!r} has {own.get(key, '')!r}; leave {shown} out, or start a new run "
+            f"(if the app sets it, give what the run was started with: -c '{repeated}')"
+        )
     return restore(own, {key: value for key, value in wanted.items() if _is_free(key)})
 
 

@@ -37,7 +37,7 @@ def random_teachers(modalities, seed=2):
 
 
 def by_hand(student, teachers, *, reweight=True, specific=True, generic=True):
-    """Formulas of notes/method.md on full score matrices; effects and weights in numpy, hence without gradient."""
+    """The paper's formulas on full score matrices; effects and weights in numpy, hence without gradient."""
     modalities = student.modalities
     views = [frozenset(v) for n in range(1, len(modalities) + 1) for v in itertools.combinations(modalities, n)]
     tables = student.embed(views)

@@ -193,6 +193,10 @@ def test_what_cannot_be_resumed(toy, federate, kill, refuses):
     refuses(
         ConfigError, lambda: federate({**resume, "training.epochs": 13}), "training.epochs is 13 here", "'run' has 12", "leave training.epochs out"
     )
+    refuses(  # as an app gives it that sets another dataset than its run was started with
+        ConfigError, lambda: federate({**resume, "dataset": "baby", "seed": 5}), "dataset is 'baby' here",
+        "-c 'resume=\"run\" dataset=\"toy\" seed=123'",
+    )  # fmt: skip
     refuses(ConfigError, lambda: federate({**resume, "federation.student-workers": 2}), "federation.student-workers is 2 here")
     refuses(ConfigError, lambda: federate({**resume, "federation.stretch-mb": 32.0}), "federation.stretch-mb is 32.0 here", "'run' has 64.0")
     refuses(ConfigError, lambda: federate({**resume, "name": "other"}), "name is 'other' here")

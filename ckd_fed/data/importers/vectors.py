@@ -227,7 +227,7 @@ def _read_safetensors(path: Path, id_column: str) -> Vectors:
 
 def _columns(path: Path, names: Sequence[str], id_column: str) -> tuple[int, list[int], tuple[str, ...]]:
     """Positions of the ids and of the vector's columns in a table, and notes: an index that pandas wrote beside them is no feature."""
-    ids = names.index(str(find_column(path, names, id_column, ID_NAMES, "id")))
+    ids = names.index(str(find_column(path, names, id_column if id_column in names else "", ID_NAMES, "id")))
     others = [k for k in range(len(names)) if k != ids]
     index = [k for k in others if _INDEX.fullmatch(names[k])]
     if len(others) == len(index):

@@ -380,12 +380,18 @@ def test_an_id_twice(own, problem, bring, refuses, same):
     refuses(DataError, lambda: bring(own), "text.npz", "sku-03", "rows 4 and 15")
 
 
-@pytest.mark.parametrize("kept", ["ids", "metadata", "sidecar"])
+@pytest.mark.parametrize("kept", ["ids", "metadata", "sidecar", "table"])
 def test_a_column_of_ids_that_is_named_may_be_one_tables_alone(own, problem, bring, same, kept):
     """The option holds for all tables; the others may have their ids under another name, or elsewhere."""
     (own / "image.parquet").unlink()
     rows = "".join(",".join([name, *map(repr, row.tolist())]) + "\n" for name, row in zip(NAMES, problem[1]["image"], strict=True))
     (own / "image.csv").write_text("what,a,b,c,d\n" + rows)
+    if kept == "table":
+        rows = "".join(",".join([name, *map(repr, row.tolist())]) + "\n" for name, row in zip(NAMES, problem[1]["text"], strict=True))
+        (own / "text.npz").unlink()
+        (own / "text.csv").write_text("item_id,a,b,c,d,e,f\n" + rows)
+        same(bring(own, id_column="what"))
+        return
     if kept != "ids":
         (own / "text.npz").unlink()
         metadata = {"ids": json.dumps(NAMES)} if kept == "metadata" else None
