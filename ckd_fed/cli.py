@@ -81,10 +81,10 @@ def _run(arguments: argparse.Namespace) -> None:
     from ckd_fed.tracking.live import FollowedLog, LiveProgress
 
     app, overrides = Path(arguments.app), parse_overrides(arguments.config)
-    declared = app_config(app)
+    declared = flatten(app_config(app))
     resolve(declared, overrides)  # a wrong key or value is told here and now, not by a ServerApp half a minute later
     for key in overrides:
-        if key not in flatten(declared):  # an option of a backbone of one's own
+        if key not in declared:  # an option of a backbone of one's own
             shown = key.replace("_", "-")
             raise ConfigError(f"-c sets {shown}, and Flower takes no key that the app does not name: write it into {app}/pyproject.toml first")
     words, console = [toml_overrides(overrides)] if overrides else [], Console()

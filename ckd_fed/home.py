@@ -1,17 +1,19 @@
-"""Where things live on a machine, and writing files so that no reader ever sees half of one."""
+"""Where things live on a machine, writing files so that no reader ever sees half of one, and keeping other processes out."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from ckd_fed import __version__
 from ckd_fed.config import Config
-from ckd_fed.errors import ConfigError
+from ckd_fed.errors import CkdError, ConfigError
 
 
 def home(config: Config, node_config: Mapping[str, object] | None = None) -> Path:
@@ -42,6 +44,28 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def held(path: Path, busy: CkdError) -> Iterator[None]:
+    """Hold a file or a folder that is there for this process; the operating system lets go of it however the process ends.
+
+    Where the file system has no such locks (of folders, over NFS) nothing is held.
+
+    Raises:
+        CkdError: ``busy``, if another process holds it.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 @cache

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import yaml
 
 from ckd_fed.config import configs_directory
 from ckd_fed.errors import DataError, unknown
+from ckd_fed.home import held
 
 ATTEMPTS = 6  # in a row without a byte
 _BLOCK = 1 << 18
@@ -90,22 +89,9 @@ def fetch(source: Source, directory: Path, progress: Progress = lambda done, tot
         DataError: it cannot be had, or is not the file that the registry knows, or another process is fetching into that folder.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory):
+    # Two that go on with one part would each append to it.
+    with held(directory, DataError(f"another process is fetching into {directory}; wait for it, or end it")):
         return _fetch(source, directory, progress, wait, timeout)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Hold a folder for this process; two that go on with one part would each append to it."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"another process is fetching into {directory}; wait for it, or end it") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _fetch(source: Source, directory: Path, progress: Progress, wait: float, timeout: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import numpy as np
 from ckd_fed.checkpoint import save_checkpoint
 from ckd_fed.config import Config
 from ckd_fed.errors import ConfigError, DataError
-from ckd_fed.home import write_atomically
+from ckd_fed.home import held, write_atomically
 from ckd_fed.tracking import console
 from ckd_fed.tracking.result import RunResult
 
@@ -197,12 +196,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
         ConfigError: another process is writing this run.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is writing {directory}; wait for it, or end it, before this run is started or resumed") from None
+    lock = directory / LOCK
+    lock.touch()
+    with held(lock, ConfigError(f"another process is writing {directory}; wait for it, or end it, before this run is started or resumed")):
         yield
-    finally:
-        os.close(handle)

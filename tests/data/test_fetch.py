@@ -154,6 +154,14 @@ def test_two_at_once(get, folder, refuses, tmp_path):
     assert get() == SHA256
 
 
+def test_a_file_system_without_locks_keeps_nobody_from_fetching(get, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(9, "Bad file descriptor")  # of a folder, over NFS
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert get() == SHA256
+
+
 def test_an_empty_answer_is_no_file(server, get, folder, refuses):
     server.content = b""
     refuses(DataError, lambda: get(sha256=""), "empty file", f"{ATTEMPTS} times in a row")
