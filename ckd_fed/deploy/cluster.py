@@ -93,12 +93,13 @@ def read_plan(directory: Path) -> ClusterPlan:
 
     Raises:
         DataError: there is none.
+        ConfigError: it holds a value that `ckd-fed cluster init` would refuse.
     """
     try:
         values: dict[str, Any] = json.loads((directory / _PLAN).read_text())
         nodes = tuple(NodePlan(**node) for node in values.pop("nodes"))
         return ClusterPlan(**{**values, "hosts": tuple(values["hosts"]), "nodes": nodes})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{directory} holds no cluster of `ckd-fed cluster init`: {error}") from None
 
 
@@ -167,7 +168,7 @@ def guide(directory: Path, plan: ClusterPlan) -> list[str]:
     lines += [
         "",
         "4. where runs are started from:",
-        f"   ckd-fed doctor --connection {plan.name} --cluster {directory}",
+        f"   {shown(['ckd-fed', 'doctor', '--connection', plan.name, '--cluster', str(directory)])}",
         f"   flwr run simulations/baby {plan.name} --stream{workers}",
     ]
     return lines

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from ckd_fed.config import Config, TrainingConfig
 from ckd_fed.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_TAKEN = ("default", "local", "supergrid")  # in the config.toml that Flower itself writes; a second one makes all of it unreadable
 FIRST_NODE_PORT = 9094  # each SuperNode of a machine serves its ClientApps on a port of its own
 
 
@@ -29,8 +32,14 @@ class NodePlan:
     port: int
     home: str = ""
 
+    def __post_init__(self) -> None:
+        for option, value in {"--data-dir": self.data_dir, "--home": self.home}.items():
+            if value:
+                _check_path(option, value)
+        _check_device(self.name, self.device)
+
     def node_config(self) -> str:
-        """As ``flower-supernode --node-config`` takes it."""
+        """As ``flower-supernode --node-config`` takes it: a value ends at the next quote and is read as a TOML string."""
         pairs = {"role": self.role, "modality": self.modality, "data-dir": self.data_dir, "device": self.device, "home": self.home}
         return " ".join(f'{key}="{value}"' for key, value in pairs.items() if value)
 
@@ -60,14 +69,18 @@ class ClusterPlan:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"--name is {self.name!r}; letters, digits, hyphens and underscores are needed")
+        if self.name in _TAKEN:
+            raise ConfigError(f"--name is {self.name!r}; Flower's own config.toml has that entry, so another name is needed")
         if not self.hosts:
             raise ConfigError("--host is missing; name the machine of the SuperLink as the other machines reach it")
         for host in self.hosts:
-            if not _HOST.fullmatch(host) and not _is_address(host):
-                raise ConfigError(f"--host is {host!r}; a host name or an IP address is needed, without scheme and port")
+            _check_host("--host", host)
+        _check_host("--bind", self.bind)
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port is {self.port}; a number from 1 to 65535 is needed")
         _check_path("--install", self.install)
+        if ".." in PurePosixPath(self.install).parts:  # systemd takes no such WorkingDirectory
+            raise ConfigError(f"--install is {self.install!r}; a path without '..' is needed")
 
     @property
     def address(self) -> str:
@@ -103,8 +116,8 @@ class ClusterPlan:
 
     def connection(self, ca: str) -> str:
         """The entry of ``~/.flwr/config.toml``, with the path of the authority's certificate."""
-        security = f'root-certificates = "{ca}"' if self.secure else "insecure = true"
-        return f'[superlink.{self.name}]\naddress = "{self.address}"\n{security}\n'
+        security = f"root-certificates = {_toml(ca)}" if self.secure else "insecure = true"
+        return f"[superlink.{self.name}]\naddress = {_toml(self.address)}\n{security}\n"
 
 
 def plan_nodes(teachers: str, students: int, data_dir: str, devices: Mapping[str, str], homes: str = "") -> tuple[NodePlan, ...]:
@@ -116,6 +129,9 @@ def plan_nodes(teachers: str, students: int, data_dir: str, devices: Mapping[str
         data_dir: of every node; ``{name}`` in it stands for the node's name.
         devices: node name -> device; ``auto`` where nothing is said.
         homes: as data_dir, the nodes' ``home``; empty for each machine's default.
+
+    Raises:
+        ConfigError: a value that cannot be used, or that would end up in a file in which it means something else.
     """
     if students < 1:
         raise ConfigError(f"--students is {students}; at least one student node is needed")
@@ -127,13 +143,17 @@ def plan_nodes(teachers: str, students: int, data_dir: str, devices: Mapping[str
         roles.append((f"teacher-{modality}" + (f"-spare{count}" if count else ""), "teacher", modality))
     if not roles:
         raise ConfigError("--teachers is empty; name the modalities, for example --teachers image,text")
+    room = 65536 - FIRST_NODE_PORT - len(roles)
+    if students > room:
+        raise ConfigError(f"--students is {students}; beside {len(roles)} teachers at most {room} have ports of their own")
     roles += [(f"student-{number}", "student", "") for number in range(students)]
-    unknown_names = set(devices) - {name for name, _, _ in roles}
+    names = [name for name, _, _ in roles]
+    twice = [name for name in names[: len(names) - students] if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"--teachers is {teachers!r}; two nodes would be called {twice[0]!r}, so a modality needs another name")
+    unknown_names = set(devices) - set(names)
     if unknown_names:
-        raise ConfigError(f"--device names {sorted(unknown_names)[0]!r}; the nodes are {', '.join(name for name, _, _ in roles)}")
-    for option, value in {"--data-dir": data_dir, "--home": homes}.items():
-        if value:
-            _check_path(option, value)
+        raise ConfigError(f"--device names {sorted(unknown_names)[0]!r}; the nodes are {', '.join(names)}")
     return tuple(
         NodePlan(
             name, role, modality, data_dir.replace("{name}", name), devices.get(name, "auto"), FIRST_NODE_PORT + index, homes.replace("{name}", name)
@@ -144,10 +164,10 @@ def plan_nodes(teachers: str, students: int, data_dir: str, devices: Mapping[str
 
 def node_toml(plan: ClusterPlan, node: NodePlan) -> str:
     """The node file: what ``ckd-fed doctor`` looks after."""
-    lines = [f"# Node {node.name} of the cluster {plan.name}. supernode.sh holds the same values; change both.", f'name = "{node.name}"']
-    lines += [f'role = "{node.role}"'] + ([f'modality = "{node.modality}"'] if node.modality else [])
-    lines += [f'data-dir = "{node.data_dir}"', f'device = "{node.device}"'] + ([f'home = "{node.home}"'] if node.home else [])
-    lines += [f'superlink = "{plan.address}"', f"secure = {str(plan.secure).lower()}"]
+    lines = [f"# Node {node.name} of the cluster {plan.name}. supernode.sh holds the same values; change both."]
+    lines += [f"name = {_toml(node.name)}", f"role = {_toml(node.role)}"] + ([f"modality = {_toml(node.modality)}"] if node.modality else [])
+    lines += [f"data-dir = {_toml(node.data_dir)}", f"device = {_toml(node.device)}"] + ([f"home = {_toml(node.home)}"] if node.home else [])
+    lines += [f"superlink = {_toml(plan.address)}", f"secure = {str(plan.secure).lower()}"]
     return "\n".join(lines) + "\n"
 
 
@@ -170,8 +190,23 @@ def shown(command: list[str]) -> str:
 
 
 def _check_path(option: str, value: str) -> None:
-    if not value.startswith("/") or any(mark in value for mark in "\"'\n"):
-        raise ConfigError(f"{option} is {value!r}; an absolute path without quotes is needed, as it is on the nodes' machines")
+    if not value.startswith("/") or any(mark in value for mark in "\"'\\") or not value.isprintable():
+        needed = "an absolute path without quotes, backslashes and unprintable characters is needed"
+        raise ConfigError(f"{option} is {value!r}; {needed}, as it is on the nodes' machines")
+
+
+def _check_device(node: str, device: str) -> None:
+    try:
+        Config(training=TrainingConfig(device=device))
+    except ConfigError:
+        raise ConfigError(f"--device is {device!r} for {node}; auto, cpu, cuda or cuda:N is needed") from None
+
+
+def _check_host(option: str, host: str) -> None:
+    if "%" in host:
+        raise ConfigError(f"{option} is {host!r}; a scope id (%...) means nothing on another machine, so give a host name or an address without it")
+    if not _HOST.fullmatch(host) and not _is_address(host):
+        raise ConfigError(f"{option} is {host!r}; a host name or an IP address is needed, without scheme and port")
 
 
 def _is_address(host: str) -> bool:
@@ -180,3 +215,8 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _toml(text: str) -> str:
+    """A TOML string; JSON's escapes are TOML's too."""
+    return json.dumps(text, ensure_ascii=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from ckd_fed.deploy.plan import ClusterPlan, NodePlan, shown
@@ -30,18 +31,19 @@ def supernode_script(plan: ClusterPlan, node: NodePlan) -> str:
 
 def connection_script(plan: ClusterPlan) -> str:
     """Prints the entry of Flower's configuration, which needs an absolute path: of the certificate beside the script, wherever that was copied to."""
+    entry = re.sub(r"[\\$`]", r"\\\g<0>", plan.connection("@here@/ca.crt")).replace("@here@", "$here")  # the shell expands that and nothing else
     return f"""#!/usr/bin/env bash
 # Print this cluster's entry of Flower's configuration: bash connection.sh >> ~/.flwr/config.toml
 set -eu
-here="$(cd "$(dirname "$0")" && pwd)"
+here="$(cd "$(dirname "$0")" && pwd | sed 's/["\\\\]/\\\\&/g')"
 cat <<END
-{plan.connection("$here/ca.crt")}END
+{entry}END
 """
 
 
 def register_script(plan: ClusterPlan) -> str:
     """Registers the nodes' public keys and keeps the ids given to them; to be run when the SuperLink is up and before the nodes start."""
-    names = " ".join(node.name for node in plan.nodes)
+    names = shlex.join(node.name for node in plan.nodes)
     return f"""#!/usr/bin/env bash
 # Register the nodes' keys, after the SuperLink has started and before the nodes do. The ids are kept for `ckd-fed doctor --cluster`.
 set -eu
@@ -49,7 +51,7 @@ cd "$(dirname "$0")"
 mkdir -p registered
 for node in {names}; do
   if [ -s "registered/$node.json" ]; then echo "$node is registered"; continue; fi
-  answer="$(flwr supernode register "keys/$node.pub" {plan.name} --name "$node" --format json)"
+  answer="$(flwr supernode register "keys/$node.pub" {shlex.quote(plan.name)} --name "$node" --format json)"
   echo "$node: $answer"
   case "$answer" in *node-id*) echo "$answer" > "registered/$node.json" ;; *) exit 1 ;; esac
 done
@@ -65,6 +67,8 @@ def systemd_unit(description: str, folder: str, script: str) -> str:
 
     A SuperNode that was killed is refused for about a minute under its key, hence the pause.
     """
+    folder = folder.replace("%", "%%")  # no specifier
+    command = f"{folder}/{script}".replace("$", "$$")  # no variable; only commands have them, and only they take quotes
     return f"""[Unit]
 Description={description}
 After=network-online.target
@@ -75,7 +79,7 @@ User=ckd
 WorkingDirectory={folder}
 # The environment that ckd_fed is installed in comes first.
 Environment=PATH=/opt/ckd_fed/venv/bin:/usr/bin:/bin
-ExecStart=/usr/bin/env bash {folder}/{script}
+ExecStart=/usr/bin/env bash {f'"{command}"' if " " in command else command}
 Restart=always
 RestartSec=15
 
@@ -90,7 +94,7 @@ def slurm_script(plan: ClusterPlan, directory: str) -> str:
     The folder of the cluster must lie on a file system that all machines see. The SuperLink's host name is only known once the job
     runs, so the server certificate is made in the job, by the cluster's own CA. Every student node works; a run-config given may say otherwise.
     """
-    nodes = " ".join(node.name for node in plan.nodes)
+    nodes = shlex.join(node.name for node in plan.nodes)
     register = 'bash "$CLUSTER/operator/register.sh"\n' if plan.secure else ""
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name=ckd_fed
@@ -119,7 +123,7 @@ until (exec 3<>"/dev/tcp/${{HOSTS[0]}}/{plan.port}") 2>/dev/null; do sleep 1; do
   srun --nodes=1 --ntasks=1 --nodelist="${{HOSTS[$i]}}" --overlap bash "$CLUSTER/nodes/${{NODES[$i]}}/supernode.sh" &
 done
 code=0
-ckd-fed run "$APP" {plan.name} -c federation.student-workers={plan.students} ${{2:+-c "$2"}} || code=$?
+ckd-fed run "$APP" {shlex.quote(plan.name)} -c federation.student-workers={plan.students} ${{2:+-c "$2"}} || code=$?
 kill $(jobs -p)
 exit $code
 """

@@ -1,5 +1,6 @@
 """What `ckd-fed cluster` writes is what its machines need: certificates that verify, keys that Flower takes, scripts that a shell takes."""
 
+import json
 import os
 import shlex
 import shutil
@@ -13,12 +14,17 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from flwr.cli.constant import DEFAULT_FLOWER_CONFIG_TOML
+from flwr.common.config import parse_config_args
 
 from ckd_fed.cli import build_parser, main, parse_overrides
 from ckd_fed.config import resolve
 from ckd_fed.deploy.certificates import create_authority, days_left, read_certificate, write_certificate, write_key
 from ckd_fed.deploy.cluster import read_plan
-from ckd_fed.errors import DataError
+from ckd_fed.deploy.scripts import connection_script
+from ckd_fed.errors import ConfigError, DataError
+
+HOSTILE = "a b;$(touch PWN)`touch PWN`$HOME%n&#=é"  # what a path may hold, and no shell, systemd, TOML or Flower may take for more than text
 
 
 @pytest.fixture
@@ -191,6 +197,100 @@ def test_a_slurm_job_makes_every_student_node_work(given, workers, backbone, clu
     assert (config.federation.student_workers, config.backbone) == (workers, backbone)
 
 
+@pytest.fixture
+def nothing_runs(tmp_path, monkeypatch):
+    """The working directory, in which HOSTILE would leave a file if anything ran it."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert not list(tmp_path.rglob("PWN"))
+
+
+def test_a_path_reaches_the_node_as_it_was_given(cluster, nothing_runs):
+    data, home = f"/data/{HOSTILE}/{{name}}", f"/home/{HOSTILE}/{{name}}"
+    folder, printed = cluster("--data-dir", data, "--home", home)
+    tool = nothing_runs / "flower-supernode"
+    tool.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"${@: -1}\"\n")
+    tool.chmod(0o755)
+    for node in read_plan(folder).nodes:
+        place = folder / "nodes" / node.name
+        environment = {**os.environ, "PATH": f"{nothing_runs}:{os.environ['PATH']}"}
+        command = ["bash", str(place / "supernode.sh")]
+        told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.removesuffix("\n")
+        for said in (parse_config_args([told]), tomllib.loads((place / "node.toml").read_text())):
+            assert said["data-dir"] == f"/data/{HOSTILE}/{node.name}"
+            assert said["home"] == f"/home/{HOSTILE}/{node.name}"
+            assert (said["role"], said["device"]) == (node.role, "auto")
+        assert shlex.quote(told) in printed
+
+
+def test_systemd_runs_the_script_of_a_folder_with_any_name(cluster, nothing_runs):
+    folder, _ = cluster("--install", f"/opt/{HOSTILE}")
+    place = f"/opt/{HOSTILE}".replace("%", "%%")
+    units = {path.stem: path for path in folder.rglob("*.service")}
+    for name, script in {"superlink": "superlink/superlink.sh", "student-0": "student-0/supernode.sh"}.items():
+        lines = units[f"ckd-{name}"].read_text().splitlines()
+        assert f"WorkingDirectory={place}/{name}" in lines  # taken whole, without quotes and variables
+        assert f'ExecStart=/usr/bin/env bash "{place.replace("$", "$$")}/{script}"' in lines
+    if shutil.which("systemd-analyze"):
+        verified = subprocess.run(["systemd-analyze", "verify", "--man=no", *units.values()], capture_output=True, text=True, check=False)
+        assert not [line for line in verified.stderr.splitlines() if "WorkingDirectory" in line or "ExecStart" in line]
+
+
+def test_a_connection_holds_the_certificate_of_a_folder_with_any_name(cluster, nothing_runs):
+    name = HOSTILE + "'\"\\"
+    folder, printed = cluster(name=name)
+    assert shlex.quote(str(folder)) in printed
+    printed = subprocess.run(["bash", str(folder / "operator/connection.sh")], check=True, capture_output=True, text=True).stdout
+    assert tomllib.loads(printed)["superlink"]["lab"] == {"address": "gpu1.example:8000", "root-certificates": f"{folder}/operator/ca.crt"}
+
+
+def test_the_connection_script_expands_nothing_but_its_folder(cluster, nothing_runs):
+    folder, _ = cluster()
+    plan = read_plan(folder)
+    object.__setattr__(plan, "hosts", (HOSTILE + "\\",))  # as if no check had refused it
+    script = folder / "operator/connection.sh"
+    script.write_text(connection_script(plan))
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    printed = subprocess.run(["bash", str(script)], check=True, capture_output=True, text=True).stdout
+    assert tomllib.loads(printed)["superlink"]["lab"]["address"] == f"{HOSTILE}\\:8000"
+
+
+def test_a_slurm_job_runs_in_a_folder_with_any_name(cluster, sbatch, nothing_runs):
+    with socket.socket() as superlink:
+        superlink.bind(("127.0.0.1", 0))
+        superlink.listen()
+        folder, _ = cluster("--port", str(superlink.getsockname()[1]), name=HOSTILE + "'")
+        subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=True)
+        assert sbatch(folder, "simulations/baby")[:3] == ["run", "simulations/baby", "lab"]
+    assert tomllib.loads((folder / "flwr-7/config.toml").read_text())["superlink"]["lab"]["root-certificates"] == f"{folder}/operator/ca.crt"
+
+
+def test_a_connection_can_be_appended_to_what_flower_itself_writes(cluster, tmp_path, capsys):
+    folder, _ = cluster()
+    printed = subprocess.run(["bash", str(folder / "operator/connection.sh")], check=True, capture_output=True, text=True).stdout
+    entries = tomllib.loads(DEFAULT_FLOWER_CONFIG_TOML + printed)["superlink"]
+    for name in set(entries) - {"lab"}:
+        with pytest.raises(SystemExit):
+            main(["cluster", "init", str(tmp_path / "x"), "--host", "h", "--teachers", "image", "--name", name])
+        assert f"--name is {name!r}; Flower's own config.toml" in capsys.readouterr().err
+
+
+def test_moving_refuses_what_a_new_cluster_would(cluster, nothing_runs, capsys, refuses):
+    folder, _ = cluster()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        main(["cluster", "move", str(folder), "--host", "fe80::1%$(touch PWN)"])
+    assert "--host is 'fe80::1%$(touch PWN)'; a scope id" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    plan = json.loads((folder / "cluster.json").read_text())
+    plan["nodes"][0]["device"] = "gpu"
+    (folder / "cluster.json").write_text(json.dumps(plan))
+    refuses(ConfigError, lambda: read_plan(folder), "--device is 'gpu' for teacher-image")
+    plan["nodes"][0]["data_dir"] = 5
+    (folder / "cluster.json").write_text(json.dumps(plan))
+    refuses(DataError, lambda: read_plan(folder), "holds no cluster")
+
+
 @pytest.mark.parametrize(
     ("options", "mentions"),
     [
@@ -205,6 +305,19 @@ def test_a_slurm_job_makes_every_student_node_work(given, workers, backbone, clu
         (["--host", "h", "--teachers", "image", "--device", "cuda"], ["--device is 'cuda'", "NODE=DEVICE"]),
         (["--host", "h", "--teachers", "image", "--device", "x=cpu"], ["'x'", "teacher-image, student-0"]),
         (["--host", "h", "--teachers", "image", "--name", "a b"], ["--name is 'a b'"]),
+        (["--host", "fe80::1%eth0", "--teachers", "image"], ["--host is 'fe80::1%eth0'", "scope id"]),
+        (["--host", "h", "--teachers", "image", "--bind", "fe80::1%eth0"], ["--bind is 'fe80::1%eth0'", "scope id"]),
+        (["--host", "h", "--teachers", "image", "--bind", "0.0.0.0:8000"], ["--bind is '0.0.0.0:8000'", "port"]),
+        (["--host", "h", "--teachers", "image", "--bind=--help"], ["--bind is '--help'"]),
+        (["--host", "h", "--teachers", "image", "--data-dir", r"/data/a\x b/{name}"], ["--data-dir is", r"a\\x b", "backslashes"]),
+        (["--host", "h", "--teachers", "image", "--data-dir", '/data/"x'], ["--data-dir is", "without quotes"]),
+        (["--host", "h", "--teachers", "image", "--home", "/home/a\nb"], [r"--home is '/home/a\nb", "unprintable"]),
+        (["--host", "h", "--teachers", "image", "--install", "/opt/a\x1bb"], [r"--install is '/opt/a\x1bb'", "unprintable"]),
+        (["--host", "h", "--teachers", "image", "--install", "/opt/../srv"], ["--install is '/opt/../srv'", "without '..'"]),
+        (["--host", "h", "--teachers", "image", "--device", "student-0=gpu"], ["--device is 'gpu' for student-0", "cuda:N"]),
+        (["--host", "h", "--teachers", "image", "--device", 'student-0=cpu"\nx="'], ["--device is 'cpu\"\\nx=\"' for student-0"]),
+        (["--host", "h", "--teachers", "text,text,text-spare1"], ["--teachers is", "two nodes would be called 'teacher-text-spare1'"]),
+        (["--host", "h", "--teachers", "image", "--students", "60000"], ["--students is 60000", "at most 56441"]),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(options, mentions, tmp_path, capsys):
