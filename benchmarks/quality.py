@@ -10,7 +10,8 @@ goes on where it stopped; files from several machines can be concatenated. DIR h
 distilled against plain over users (paired t-test).
 
 Plain and distilled students get the same budget: ``--trials`` settings each (plain: learning rates, distilled: rho), tried on the
-first seed and chosen on validation; the other seeds run with the chosen one. ``--all`` runs every setting with every seed.
+first seed and chosen on validation; the other seeds run with the chosen one. ``--all`` runs every setting with every seed. The tables and
+tests choose on the seed with which most settings were tried, the smallest of several, whatever the order of the lines.
 
 ``--one-start`` gives all roles the initial parameters that the seed alone decides, as in the published code, where each process draws
 them from the same seed; by default every role has its own. Such models are listed apart and never chosen.
@@ -229,7 +230,9 @@ def test_over_users(results: Results, cache: Path, dataset: str, backbone: str) 
         by_user = np.asarray(sides, dtype=np.float64).mean(axis=0)  # (2, users)
         difference, low, high, p = paired(by_user[0], by_user[1])
         row = {"dataset": dataset, "backbone": backbone, "model": "paired", "of": f"{student}, {of}", "against": f"{model}, {ranking}"}
-        row.update(seeds=seeds, users=by_user.shape[1], difference=round(difference, 6), low=round(low, 6), high=round(high, 6), p=p)
+        known = not np.isnan(p)  # not with one user, and JSON has no NaN
+        row.update(seeds=seeds, users=by_user.shape[1], difference=round(difference, 6))
+        row.update(low=round(low, 6) if known else None, high=round(high, 6) if known else None, p=p if known else None)
         if row not in results.rows:
             results.add(row)
 
@@ -311,18 +314,26 @@ def details(results: Results, dataset: str, backbone: str) -> str:
         lines += ["\nPaired over users, test Recall@20:\n", "| of | against | seeds | difference (95 %) | p |", "|---|---|---|---|---|"]
     for (of, against), row in pairs.items():
         seeds = ", ".join(map(str, row["seeds"]))
-        lines.append(f"| {of} | {against} | {seeds} | {row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f}) | {row['p']:.1e} |")
+        interval, p = ("", "") if row["p"] is None else (f" ({row['low']:+.4f} to {row['high']:+.4f})", f"{row['p']:.1e}")
+        lines.append(f"| {of} | {against} | {seeds} | {row['difference']:+.4f}{interval} | {p} |")
     return "\n".join(lines)
 
 
 def chosen_rows(rows: Sequence[Row], kind: str) -> list[Row]:
-    """The rows of the setting of a kind (plain, distilled) that is best on validation with the first seed it was tried with."""
+    """The rows of the setting of a kind (plain, distilled) that is best on validation with the seed with which most settings were tried.
+
+    Of several such seeds it is the smallest, and of settings that are equally good the first by name: the order of the rows, which is
+    chance where files were concatenated, decides nothing.
+    """
     of_kind = [row for row in rows if row["model"].split()[0] == kind]
     if not of_kind:
         return []
-    first = [row for row in of_kind if row["seed"] == of_kind[0]["seed"]]
-    model = max(first, key=lambda row: float(row["val"]))["model"]
-    return [row for row in of_kind if row["model"] == model]
+    tried: dict[int, set[str]] = {}
+    for row in of_kind:
+        tried.setdefault(row["seed"], set()).add(row["model"])
+    seed = min(tried, key=lambda seed: (-len(tried[seed]), seed))
+    best = min((row for row in of_kind if row["seed"] == seed), key=lambda row: (-float(row["val"]), row["model"]))
+    return [row for row in of_kind if row["model"] == best["model"]]
 
 
 def best_view(row: Row) -> tuple[str, float] | None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ckd_fed.training.trainer import Trainer
@@ -47,15 +48,19 @@ def test_steps():
         assert sum(int(cell.removesuffix("%")) for cell in cells[4:-1]) in range(97, 104)
 
 
-@pytest.fixture
-def quality(monkeypatch):
+@pytest.fixture(scope="module")
+def quality_module():
     spec = importlib.util.spec_from_file_location("quality", BENCHMARKS / "quality.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
 
+
+@pytest.fixture
+def quality(quality_module, monkeypatch):
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, options)])
-        module.main()
+        quality_module.main()
 
     return run
 
@@ -91,3 +96,36 @@ def test_quality_goes_on_where_it_was_cut_off(tmp_path, write_dataset, quality, 
         assert measured(name) == whole
         assert capsys.readouterr().err.count("epoch 5,") == untouched  # the others' first validations are not made again
         assert not list((tmp_path / name).glob("*.state.safetensors"))
+
+
+def of_setting(seed, rho, val):
+    return {"dataset": "toy", "backbone": "vbpr", "seed": seed, "model": f"distilled rho={rho}", "val": val}
+
+
+def test_quality_chooses_on_the_seed_with_most_settings_in_any_order(quality_module):
+    first = [of_setting(123, 1, 0.05), of_setting(123, 10, 0.07), of_setting(123, 0.1, 0.06), of_setting(2024, 10, 0.06)]
+    other = [of_setting(7, 1, 0.09), of_setting(7, 1, 0.09)]  # one setting, twice in the files
+    even = [of_setting(5, rho, val) for rho, val in ((0.1, 0.02), (1, 0.03), (10, 0.01))]
+    equal = [of_setting(1, rho, 0.04) for rho in (10, 1, 0.1)]
+    for rows, model in ((first + other, "rho=10"), (first + other + even, "rho=1"), (equal, "rho=0.1")):
+        for order in (rows, rows[::-1], rows[3:] + rows[:3]):
+            chosen = quality_module.chosen_rows(order, "distilled")
+            assert chosen == [row for row in order if row["model"] == f"distilled {model}"]
+    assert quality_module.chosen_rows(first, "plain") == []
+
+
+def test_quality_of_one_user_has_no_interval(quality_module, tmp_path):
+    results = quality_module.Results(tmp_path / "results.jsonl")
+    measured = {"val": 0.1, "best_epoch": 5, "test": {"recall@20": 0.6}, "readout": {}}
+    for model, recall in (("distilled rho=1", 0.6), ("plain", 0.1)):
+        row = {"dataset": "toy", "backbone": "vbpr", "seed": 5, "model": model, **measured}
+        results.add(row)
+        np.savez(quality_module.cached(tmp_path, {key: row[key] for key in ("dataset", "backbone", "seed")}, model, "npz"), joint=[recall])
+    quality_module.test_over_users(results, tmp_path, "toy", "vbpr")
+    written = (tmp_path / "results.jsonl").read_text()
+    assert "NaN" not in written
+    tested = json.loads(written.splitlines()[-1])
+    assert (tested["model"], tested["difference"], tested["low"], tested["high"], tested["p"]) == ("paired", 0.5, None, None, None)
+    assert "| distilled rho=1, joint | plain, joint | 5 | +0.5000 |  |" in quality_module.details(results, "toy", "vbpr")
+    quality_module.test_over_users(results, tmp_path, "toy", "vbpr")
+    assert (tmp_path / "results.jsonl").read_text() == written

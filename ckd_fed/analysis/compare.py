@@ -51,8 +51,8 @@ class Comparison:
         label: of the entry.
         mean: over users.
         difference: mean of the paired differences; 0 for the first entry.
-        low, high: 95 % confidence interval of the difference (Student's t over users).
-        p: two-sided paired t-test over users; 1 where no user differs, NaN for the first entry.
+        low, high: 95 % confidence interval of the difference (Student's t over users); 0 for the first entry, NaN with one user.
+        p: two-sided paired t-test over users; 1 where no user differs, NaN for the first entry and with one user.
         p_holm: the same, adjusted by Holm's method for the number of entries compared with the first.
         n: users.
     """
@@ -118,10 +118,15 @@ def compare(entries: Sequence[Entry], metric: str) -> list[Comparison]:
 
 
 def paired(values: np.ndarray, base: np.ndarray) -> tuple[float, float, float, float]:
-    """Mean difference of paired samples, its 95 % confidence interval, and the p of the two-sided paired t-test."""
+    """Mean difference of paired samples, its 95 % confidence interval, and the p of the two-sided paired t-test.
+
+    One pair tells nothing of how differences vary: the interval and p are NaN then.
+    """
     differences = values - base
     mean = float(differences.mean())
-    if len(differences) < 2 or not differences.any():
+    if len(differences) < 2:
+        return mean, float("nan"), float("nan"), float("nan")
+    if not differences.any():
         return mean, mean, mean, 1.0
     error = float(differences.std(ddof=1)) / len(differences) ** 0.5
     reach = float(stats.t.ppf(0.975, len(differences) - 1)) * error
@@ -130,10 +135,14 @@ def paired(values: np.ndarray, base: np.ndarray) -> tuple[float, float, float, f
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: the k-th smallest of n is multiplied by n - k + 1, made monotone, and cut at 1."""
-    adjusted = [0.0] * len(ps)
+    """Holm's step-down adjustment: the k-th smallest of n is multiplied by n - k + 1, made monotone, and cut at 1.
+
+    NaN stays NaN and is not counted: there was no test.
+    """
+    adjusted = [float("nan")] * len(ps)
+    tested = sorted((place for place, p in enumerate(ps) if not np.isnan(p)), key=ps.__getitem__)
     largest = 0.0
-    for rank, place in enumerate(np.argsort(ps, kind="stable")):
-        largest = max(largest, min(1.0, ps[place] * (len(ps) - rank)))
+    for rank, place in enumerate(tested):
+        largest = max(largest, min(1.0, ps[place] * (len(tested) - rank)))
         adjusted[place] = largest
     return adjusted

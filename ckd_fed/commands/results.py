@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     table.add_row(escape(found[0].label), f"{found[0].mean:.4f}", "", "", "", "")
     for one in found[1:]:
         relative = f" ({one.difference / found[0].mean:+.1%})" if found[0].mean else ""
-        interval = f"{one.low:+.4f} … {one.high:+.4f}"
-        table.add_row(escape(one.label), f"{one.mean:.4f}", f"{one.difference:+.4f}{relative}", interval, f"{one.p:.2g}", f"{one.p_holm:.2g}")
+        tested = ["", "", ""] if math.isnan(one.p) else [f"{one.low:+.4f} … {one.high:+.4f}", f"{one.p:.2g}", f"{one.p_holm:.2g}"]
+        table.add_row(escape(one.label), f"{one.mean:.4f}", f"{one.difference:+.4f}{relative}", *tested)
     _print(Console, table)
     print("Paired over users: interval and p of Student's t-test. It says how sure the difference is for these users and these training runs;")
     print("another seed moves both runs as well, so train several seeds before calling one method better.")

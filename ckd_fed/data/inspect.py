@@ -176,10 +176,12 @@ def _feature_warnings(dataset: Dataset, modalities: dict[str, ModalityReport]) -
             )
         if one.missing * 2 > dataset.n_items:
             warnings.append(f"{name}: {one.missing / dataset.n_items:.0%} of the items lack it; its teacher knows little of most items")
-        if one.signal is not None and not one.signal.carries:
+        if one.signal is not None and one.signal.users == 1:
+            warnings.append(f"{name}: whether it carries a signal cannot be told from one user with training and validation items")
+        elif one.signal is not None and not one.signal.carries:
             warnings.append(
-                f"{name}: cannot be told from shuffled features by what users chose (recall@{K} {one.signal.recall:.4f} ± {one.signal.error:.4f}, "
-                f"shuffled {one.signal.shuffled:.4f}); are its rows those of these items?"
+                f"{name}: cannot be told from shuffled features by what users chose (recall@{K} {one.signal.recall:.4f}, shuffled "
+                f"{one.signal.shuffled:.4f}, {_difference(one.signal)}); are its rows those of these items?"
             )
     lengths = {name: one.norm for name, one in modalities.items() if one.norm}
     if lengths and max(lengths.values()) > 10 * min(lengths.values()):
@@ -214,12 +216,19 @@ def describe(report: Report) -> list[str]:
         lines.append(f"  {one.missing:,} items lack it, {one.zero:,} rows of zeros, {one.duplicate:,} rows equal to one before")
         if one.signal is not None:
             times = f" ({one.signal.recall / one.signal.shuffled:.1f} times)" if one.signal.shuffled else ""
+            users = f"{one.signal.users:,} users" if one.signal.users > 1 else "1 user"
             lines.append(
-                f"  signal: recall@{K} of its nearest items {one.signal.recall:.4f} ± {one.signal.error:.4f}, "
-                f"with shuffled features {one.signal.shuffled:.4f}{times}, {one.signal.users:,} users"
+                f"  signal: recall@{K} of its nearest items {one.signal.recall:.4f}, with shuffled features {one.signal.shuffled:.4f}{times}, "
+                f"{_difference(one.signal)}, {users}"
             )
     lines += [f"warning: {warning}" for warning in report.warnings] or ["no warnings"]
     return lines
+
+
+def _difference(signal: Signal) -> str:
+    """How far the recall is above the shuffled one, with the standard error where there is one."""
+    error = "" if np.isnan(signal.error) else f" ± {signal.error:.4f}"
+    return f"difference {signal.recall - signal.shuffled:+.4f}{error}"
 
 
 def _degree_lines(what: str, degree: np.ndarray) -> list[str]:

@@ -20,7 +20,7 @@ class Signal:
     Attributes:
         recall: Recall@20 on validation of ranking items by their mean cosine similarity to the user's training items, 0 to 1.
         shuffled: the same with the features dealt to other items, the mean of several deals; what chance (and popularity) gives.
-        error: standard error of ``recall`` over users.
+        error: standard error of ``recall - shuffled`` over users and deals; NaN with one user or one deal, which tell none.
         users: how many were ranked.
     """
 
@@ -31,7 +31,7 @@ class Signal:
 
     @property
     def carries(self) -> bool:
-        """Whether the features do better than shuffled ones beyond two standard errors."""
+        """Whether the features do better than shuffled ones beyond two standard errors; not where there is no error to tell it by."""
         return self.recall > self.shuffled + 2 * self.error
 
 
@@ -60,8 +60,17 @@ def content_signal(dataset: Dataset, modality: str, *, max_users: int = 0, shuff
     norm = np.linalg.norm(features, axis=1, keepdims=True)
     unit = np.divide(features, norm, out=np.zeros_like(features), where=norm > 0)  # (n_items, d)
     recalls = _recalls(dataset, unit, users)
-    shuffled = [_recalls(dataset, unit[rng.permutation(len(unit))], users).mean() for _ in range(shuffles)]
-    return Signal(float(recalls.mean()), float(np.mean(shuffled)), float(recalls.std() / np.sqrt(len(users))), len(users))
+    shuffled = np.stack([_recalls(dataset, unit[rng.permutation(len(unit))], users) for _ in range(shuffles)])  # (shuffles, n)
+    return Signal(float(recalls.mean()), float(shuffled.mean()), _error(recalls, shuffled), len(users))
+
+
+def _error(recalls: np.ndarray, shuffled: np.ndarray) -> float:
+    """Standard error of the mean difference between recalls ``(n,)`` and those of several deals ``(shuffles, n)``; NaN where either is one."""
+    if min(shuffled.shape) < 2:
+        return float("nan")
+    over_users = (recalls - shuffled.mean(axis=0)).var(ddof=1) / len(recalls)
+    over_deals = shuffled.mean(axis=1).var(ddof=1) / len(shuffled)  # a deal is the same for all users, so that more users do not average it out
+    return float(np.sqrt(over_users + over_deals))
 
 
 def _recalls(dataset: Dataset, unit: np.ndarray, users: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from ckd_fed.report.style import WIDTH, legend_below, line, plain_label, styled,
 
 
 def draw_comparison(entries: Sequence[Entry], found: Sequence[Comparison], metric: str) -> Figure:
-    """Above, each difference to the first entry with its 95 % interval; below, the entries' validation recall over epochs."""
+    """Above, each difference to the first entry with its 95 % interval, if it has one; below, the entries' validation recall over epochs."""
     made = Figure(figsize=(WIDTH + 1.2, 3.6 + 0.3 * len(found)), layout="constrained")
     above, below = made.subplots(2, 1, height_ratios=[0.6 + 0.3 * len(found), 2.4])
     for place, comparison in enumerate(found[1:]):

@@ -11,7 +11,7 @@ from scipy import stats
 from ckd_fed.analysis.compare import compare, holm, paired, read_entry
 from ckd_fed.analysis.history import read_history
 from ckd_fed.analysis.student import load_student
-from ckd_fed.analysis.users import load_users
+from ckd_fed.analysis.users import UserTable, load_users
 from ckd_fed.cli import main
 from ckd_fed.errors import ConfigError, DataError
 from ckd_fed.report.comparison import draw_comparison
@@ -48,10 +48,20 @@ def test_difference_interval_and_p_are_those_of_scipy():
     assert paired(base, base) == (0.0, 0.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.6])
+def test_one_user_tells_no_interval_and_no_p(value):
+    mean, *rest = paired(np.array([value]), np.array([0.1]))
+    assert mean == pytest.approx(value - 0.1)
+    assert np.isnan(rest).all()
+
+
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+    nan = float("nan")
+    np.testing.assert_array_equal(holm([nan, 0.01, nan, 0.04]), [nan, 0.02, nan, 0.04])  # what was not tested does not count
+    np.testing.assert_array_equal(holm([nan]), [nan])
 
 
 def test_a_model_against_another_of_the_same_run(runs):
@@ -130,6 +140,24 @@ def test_names_are_printed_as_they_are(runs, capsys):
     named = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
     assert [name.replace("\\$", "$").lstrip("\u200b") for name in named] == ["$a_$", "_x", "[b]bold"]
     assert out.count("try[alpha]") == out.count("[b]bold") == 2
+
+
+def test_of_one_user_the_difference_alone_is_shown(runs, tmp_path, capsys):
+    folder = runs("one")
+    file = folder / "one" / "test_users.npz"
+    table = load_users(file)
+    UserTable(table.split, table.users[:1], {name: values[:1] for name, values in table.values.items()}).save(file)
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        main(["compare", "one:plain", "one", "one:teacher/text", "--plot", str(tmp_path / "out.png")])
+    shown = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["one:plain", "one", "one:teacher/text"]
+    assert all(row[1] and row[3:] == ["", "", ""] for row in rows)
+    assert all(row[2] for row in rows[1:])
+    assert "nan" not in shown.replace(str(tmp_path), "")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("events", "state"), [

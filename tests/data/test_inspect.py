@@ -6,7 +6,8 @@ import pytest
 from ckd_fed.cli import main
 from ckd_fed.data.dataset import load_dataset
 from ckd_fed.data.inspect import describe, histogram, inspect
-from ckd_fed.data.signal import content_signal
+from ckd_fed.data.plot import plot_report
+from ckd_fed.data.signal import Signal, _error, content_signal
 
 
 @pytest.fixture
@@ -62,6 +63,48 @@ def test_no_signal_without_users_to_rank(write_dataset, write_splits):
     write_splits(directory, train={0: [1, 2]}, val={1: [3]}, test={2: [19]})
     assert content_signal(load_dataset(directory), "image") is None
     assert describe(inspect(load_dataset(directory)))
+
+
+def test_error_of_the_signal_is_that_of_the_paired_difference_and_of_the_deals():
+    rng = np.random.default_rng(0)
+    recalls, shuffled = rng.random(30), rng.random((3, 30))
+    differences, deals = recalls - shuffled.mean(axis=0), shuffled.mean(axis=1)
+    assert _error(recalls, shuffled) == pytest.approx(np.hypot(np.std(differences, ddof=1) / 30**0.5, np.std(deals, ddof=1) / 3**0.5))
+    assert _error(shuffled[0], np.stack([shuffled[0]] * 3)) == pytest.approx(0, abs=1e-12)  # users differ, but by the same with any features
+    assert np.isnan(_error(recalls[:1], shuffled[:, :1]))
+    assert np.isnan(_error(recalls, shuffled[:1]))
+
+
+def test_error_of_the_signal_is_the_deviation_over_draws():
+    """Of users and deals together, with a part that all users of a deal share."""
+    rng = np.random.default_rng(0)
+    errors, found = [], []
+    for _ in range(2000):
+        own, deal = rng.normal(size=40), rng.normal(0, 0.3, (3, 1))
+        recalls, shuffled = own + rng.normal(0, 0.5, 40), own + deal + rng.normal(0, 0.5, (3, 40))
+        errors.append(_error(recalls, shuffled) ** 2)
+        found.append((recalls - shuffled).mean())
+    assert np.mean(errors) ** 0.5 == pytest.approx(np.std(found), rel=0.08)
+
+
+def test_one_user_is_no_signal(write_dataset, write_splits):
+    directory = write_dataset(n_users=2, n_items=60)
+    write_splits(directory, train={0: [1, 2]}, val={0: [3]}, test={1: [59]})
+    features = np.ones((60, 4), np.float32) * np.where(np.arange(60) < 4, 1, -1)[:, None]
+    np.save(directory / "image_feat.npy", features)
+    report = inspect(load_dataset(directory))
+    signal = report.modalities["image"].signal
+    assert (signal.recall, signal.users, signal.carries) == (1, 1, False)
+    assert np.isnan(signal.error)
+    assert "image: whether it carries a signal cannot be told from one user with training and validation items" in report.warnings
+    assert any(line.startswith("  signal: recall@20 of its nearest items 1.0000") and line.endswith(", 1 user") for line in describe(report))
+    assert "nan" not in "\n".join(describe(report))
+    plot_report(report, directory / "plot.png")  # without the error bar
+
+
+def test_a_signal_is_beyond_two_standard_errors():
+    assert Signal(0.3, 0.1, 0.09, 50).carries
+    assert not Signal(0.3, 0.1, 0.11, 50).carries
 
 
 def test_measurements(planted):
