@@ -17,10 +17,17 @@ from ckd_fed.errors import DataError
 from ckd_fed.home import write_atomically
 
 
-def save_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
-    """Write arrays and a JSON-able state as one file; a reader sees the old file or the new one, never a mixture."""
+def save_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any], *, private: bool = False) -> None:
+    """Write arrays and a JSON-able state as one file; a reader sees the old file or the new one, never a mixture.
+
+    Args:
+        path: of the file.
+        arrays: by name.
+        state: beside them.
+        private: for its owner alone, see :func:`~ckd_fed.home.write_atomically`.
+    """
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    write_atomically(path, save(contiguous, metadata={"state": json.dumps(state)}))
+    write_atomically(path, save(contiguous, metadata={"state": json.dumps(state)}), private=private)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

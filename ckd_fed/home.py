@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -30,19 +30,25 @@ def home(config: Config, node_config: Mapping[str, object] | None = None) -> Pat
     return path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name in the same folder, flush it to disk, and rename it into place."""
+def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Write a file under another name in the same folder, flush it to disk, and rename it into place.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        private: nobody but its owner may read it; else who may is for the process' umask to say.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep a run's files from everybody else
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

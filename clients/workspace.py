@@ -53,7 +53,7 @@ class Workspace:
             self._keep()
         state_id = uuid.uuid4().hex
         arrays, values = fit_state(fit)
-        save_checkpoint(self.path, arrays, {"id": state_id, "role": self.role, **values, **more})
+        save_checkpoint(self.path, arrays, {"id": state_id, "role": self.role, **values, **more}, private=True)  # a teacher's parameters are its own
         return state_id
 
     def load(self, fit: Fit, *, previous: bool = False) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Checkpoints: complete, atomic, and without pickle."""
 
+import os
+import stat
+
 import numpy as np
 import pytest
 
@@ -49,3 +52,16 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, damage):
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         load_state(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_a_file_is_for_the_umask_to_say(mask, mode, tmp_path):
+    """Unless it is private: a teacher's parameters, on a machine that it shares."""
+    before = os.umask(mask)
+    try:
+        save_checkpoint(tmp_path / "a.safetensors", {}, {})
+        save_checkpoint(tmp_path / "b.safetensors", {}, {}, private=True)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "b.safetensors").stat().st_mode) == 0o600
