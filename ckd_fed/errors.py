@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # characters of what is said about a reply
+
 
 class CkdError(Exception):
     """Base of every error with a message meant for the user: it names the thing, shows the value and says what to do."""
@@ -27,7 +29,13 @@ class EnrolmentError(CkdError):
 
 
 class ReplyError(CkdError):
-    """A node's reply that failed its checks and was not used."""
+    """A node's reply that failed its checks and was not used.
+
+    Its text may repeat what the node sent: it is kept to a length, and to characters that print, so that it passes for nothing else.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__("".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text[:_LONGEST]) + "…" * (len(text) > _LONGEST))
 
 
 class LostError(ReplyError):

@@ -42,8 +42,11 @@ from ckd_fed.errors import FinalError, LostError, ReplyError
 
 PROTOCOL = 5
 _RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
-_KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|specific|generic|sum"
+_KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|specific|generic|asked|sum"
 _METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")
+_LARGEST = 1 << 48  # users, items and interactions that are believed of a split
+# Longest texts of a card by name. All but the JSON are shown to people.
+_TEXTS = {"role": 32, "modality": 64, "code": 64, "split": 64, "dataset": 1000, "device": 64, "host": 255, "modalities": 10_000}
 TRAIN_ACTIONS = ("fit", "distil")
 QUERY_ACTIONS = ("enrol", "test", "score", "evaluate", "forget")
 
@@ -81,6 +84,7 @@ class NodeCard:
         code: version and source hash of the installed packages.
         split: fingerprint of its split.
         n_users, n_items, n_train: of its split.
+        n_val_users, n_test_users: how many users have an interaction to validate and to test with.
         modalities: whose feature files it has, comma-separated.
         features: JSON, modality -> fingerprint of its features.
         dataset: description for people.
@@ -100,6 +104,8 @@ class NodeCard:
     n_users: int
     n_items: int
     n_train: int
+    n_val_users: int
+    n_test_users: int
     modalities: str
     features: str
     dataset: str
@@ -378,15 +384,24 @@ def _holdings(stamp: Stamp, said: object) -> Holdings | None:
 
 
 def read_card(answer: Reply) -> NodeCard:
-    """The card in a reply to enrolment."""
+    """The card in a reply to enrolment.
+
+    Raises:
+        ReplyError: it cannot be read, or says what no node can be: a size out of range, a text that would pass for lines of the server's own.
+    """
     try:
         card = NodeCard(**read_json(answer.text("card")))
     except (TypeError, ValueError) as error:
         raise ReplyError(f"{answer.stamp}: its card cannot be read: {error}") from None
     kinds = {"int": int, "str": str, "bool": bool}
     for item in fields(NodeCard):
-        if type(getattr(card, item.name)) is not kinds[str(item.type)]:
-            raise ReplyError(f"{answer.stamp}: its card has {item.name} = {getattr(card, item.name)!r}")
+        said = getattr(card, item.name)
+        if type(said) is not kinds[str(item.type)] or (isinstance(said, str) and not _is_short(said, _TEXTS.get(item.name))):
+            raise ReplyError(f"{answer.stamp}: its card has {item.name} = {ascii(said)[:120]}")
+    if not all(1 <= size <= _LARGEST for size in (card.n_users, card.n_items, card.n_train)):
+        raise ReplyError(f"{answer.stamp}: its card has {card.n_users} users, {card.n_items} items and {card.n_train} interactions")
+    if not all(1 <= n <= card.n_users for n in (card.n_val_users, card.n_test_users)):
+        raise ReplyError(f"{answer.stamp}: its card has {card.n_val_users} users to validate and {card.n_test_users} to test, of {card.n_users}")
     try:
         features = read_json(card.features)
     except ValueError:
@@ -460,6 +475,11 @@ def unpack_array(array: Array) -> np.ndarray:
     if min(shape, default=1) < 0 or math.prod(shape) * np.dtype(array.dtype).itemsize != len(array.data):
         raise ValueError(f"shape {shape} of {array.dtype} does not fit {len(array.data)} bytes")
     return np.frombuffer(array.data, dtype=array.dtype).reshape(shape)
+
+
+def _is_short(text: str, longest: int | None) -> bool:
+    """Whether a text can be shown to people; None for any text."""
+    return longest is None or (len(text) <= longest and text.isprintable())
 
 
 def _short(reason: str) -> str:

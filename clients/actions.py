@@ -19,8 +19,8 @@ from ckd_fed.errors import CkdError, ReplyError, TrainingError, unknown
 from ckd_fed.evaluation.tested import Tested
 from ckd_fed.training.build import triple_stream
 from ckd_fed.training.early_stopping import EarlyStopping
-from ckd_fed.training.fit import Fit, mean_values
-from ckd_fed.training.trainer import Trainer
+from ckd_fed.training.fit import Fit
+from ckd_fed.training.trainer import Means, Trainer
 from ckd_fed.wire import Request, Stamp, margin_dtype, read_request, refusal, reply
 from clients.catch_up import best_of, catch_up
 from clients.node import Node
@@ -144,11 +144,11 @@ def distil(request: Request, node: Node) -> Answer:
         rows = model.advance(last - first, sheets=(lambda _: part(model.epoch)) if sheets else None)
         metrics = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
     else:
-        rows = []
+        means = Means()
         for epoch in range(first, last):
-            rows.append(model.trainer.train_epoch(epoch, part(epoch) if sheets else None, steps[epoch]))
+            model.trainer.train_epoch(epoch, part(epoch) if sheets else None, steps[epoch], means)
             model.epoch += 1
-        metrics = {**mean_values(rows), **before}
+        metrics = {**means.compute(), **means.asked(), **before}
     samples = (model.epoch - first) * per_epoch * request.config.training.batch_size
     answer = {"samples": samples, "epoch": model.epoch, "fresh-optimizer": fresh, **counted}
     ahead = state.get("epoch") != int(request.values["from-epoch"])  # done again: the state before this round is kept already

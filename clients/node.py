@@ -82,6 +82,8 @@ class Node:
             n_users=dataset.n_users,
             n_items=dataset.n_items,
             n_train=len(dataset.train),
+            n_val_users=len(dataset.val.users),
+            n_test_users=len(dataset.test.users),
             modalities=",".join(dataset.modalities),
             features=json.dumps(dataset.feature_fingerprints),
             dataset=dataset.describe(),

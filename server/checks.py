@@ -16,7 +16,7 @@ from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.fit import validations_due
 from ckd_fed.training.trainer import METRIC
-from ckd_fed.wire import Reply, margin_dtype, read_json
+from ckd_fed.wire import NodeCard, Reply, margin_dtype, read_json
 
 _WIDEST = 2**16
 _SAME_MEAN = 1e-4  # float32 values against sums in float64
@@ -33,24 +33,26 @@ class FitReport:
     done: bool
 
 
-def check_fit(reply: Reply, config: Config, before: int) -> FitReport:
+def check_fit(reply: Reply, config: Config, before: int, stopping: EarlyStopping) -> FitReport:
     """A teacher's (or the plain student's) round from an epoch on.
 
+    Args:
+        reply: to ``fit``.
+        config: of the run.
+        before: epoch that it started from.
+        stopping: its early stopping as it was then.
+
     Raises:
-        ReplyError: epochs that were not asked for, or rows that do not belong to them.
+        ReplyError: validations that early stopping would not have come to, or another outcome than theirs.
     """
     rows = reply.rows([f"val/{METRIC}", "epoch", "loss/total", "gain"])
-    epoch, asked = reply.integer("epoch", before), config.teacher_round
-    if not before < epoch <= min(before + asked, config.training.epochs):
-        raise ReplyError(f"{reply.stamp}: it says that it is at epoch {epoch} after at most {asked} from {before}")
-    report = FitReport(rows, epoch, reply.integer("best-epoch", -1), reply.flag("done"))
-    said = [row["epoch"] for row in rows]
-    if not rows or said[-1] != epoch or said != sorted(set(said)) or said[0] <= before:
-        raise ReplyError(f"{reply.stamp}: its validations are of epochs {said}; ascending ones from {before + 1} to {epoch} are needed")
-    if not report.done and epoch != min(before + asked, config.training.epochs):
-        raise ReplyError(f"{reply.stamp}: it stopped at epoch {epoch} without having converged")
-    if report.best_epoch > epoch:
-        raise ReplyError(f"{reply.stamp}: the epoch of its best, {report.best_epoch}, is beyond its epoch {epoch}")
+    stopping = replace(stopping)
+    end, _ = _replayed(reply, config, rows, before, min(before + config.teacher_round, config.training.epochs), stopping)
+    report = FitReport(rows, reply.integer("epoch", before), reply.integer("best-epoch", -1), reply.flag("done"))
+    due = FitReport(rows, end, stopping.best_epoch, stopping.stop or end == config.training.epochs)
+    if report != due:
+        says, is_ = (f"epoch {one.epoch}, best {one.best_epoch}, {'' if one.done else 'not '}converged" for one in (report, due))
+        raise ReplyError(f"{reply.stamp}: it says {says}; its validations say {is_}")
     return report
 
 
@@ -64,31 +66,30 @@ class TestReport:
     by_user: UserTest
 
 
-def check_test(reply: Reply, config: Config, users: int) -> TestReport:
-    """Test metrics of a teacher or of the plain student; ``users`` is the split's number of users."""
+def check_test(reply: Reply, config: Config, card: NodeCard) -> TestReport:
+    """Test metrics of a teacher or of the plain student; the card is any that states the split's sizes."""
     width = reply.integer("width", 1)
     if width > _WIDEST:
         raise ReplyError(f"{reply.stamp}: its embedding tables are {width} wide; at most {_WIDEST} is believed")
     metrics, readout = split_readout(reply.numbers(metric_keys(config.ks)))
-    return TestReport(metrics, readout, width, check_users(reply, config, reply.stamp.role, users, metrics))
+    return TestReport(metrics, readout, width, check_users(reply, config, reply.stamp.role, card.n_test_users, card.n_users, metrics))
 
 
-def check_users(reply: Reply, config: Config, model: str, users: int, means: Mapping[str, float]) -> UserTest:
+def check_users(reply: Reply, config: Config, model: str, users: int, limit: int, means: Mapping[str, float]) -> UserTest:
     """A test by groups, and user by user where that was asked for.
 
     Args:
         reply: that holds it.
         config: of the run.
         model: the name that the groups must have.
-        users: of the split.
+        users: how many it must be of.
+        limit: of their ids, the split's number of users.
         means: metric -> mean that the same reply states.
 
     Raises:
-        ReplyError: groups that are none, users that the split does not have, values that are no shares or not those of the means.
+        ReplyError: groups that are none, another number of users or ids that are none, values that are no shares or not those of the means.
     """
-    n = reply.integer("n-users")
-    if n > users:
-        raise ReplyError(f"{reply.stamp}: n-users is {n}, the split has {users} users")
+    n = _users(reply, users)
     try:
         groups = [_group(row, model) for row in read_json(reply.text("groups"))]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -97,7 +98,7 @@ def check_users(reply: Reply, config: Config, model: str, users: int, means: Map
         raise ReplyError(f"{reply.stamp}: its {len(groups)} groups of {n} users' test are not of users and of items")
     if not config.evaluation.user_table:
         return UserTest(np.empty(0, dtype=np.int32), {}, groups)
-    ids = reply.array("users", (n,), np.dtype("<i4"), users - 1)
+    ids = reply.array("users", (n,), np.dtype("<i4"), limit - 1)
     if n and (ids[0] < 0 or (np.diff(ids) <= 0).any()):
         raise ReplyError(f"{reply.stamp}: its test users are not ascending ids from 0")
     values = {}
@@ -228,13 +229,17 @@ def check_worker(
         raise ReplyError(f"{reply.stamp}: it says that it trained on {samples} samples, its share is {share}")
     for row in rows:
         _check_effects(reply, row, taught, whole)
-    best = reply.weights(like, "best/") if gained and gained != epoch else None
+        for name in (name for name in row if name.startswith("asked/")):
+            if not 0 <= row[name] <= 1 + 1e-9:
+                raise ReplyError(f"{reply.stamp}: {name} is {row[name]!r}; the share of the samples that a mean is over lies between 0 and 1")
+    weights = reply.weights(like)
+    best = reply.weights(weights, "best/") if gained and gained != epoch else None
     evaluated = evaluation(reply) if evaluation else None
-    return WorkerReport(reply.weights(like), best, rows, epoch, samples, reply.flag("fresh-optimizer"), evaluated)
+    return WorkerReport(weights, best, rows, epoch, samples, reply.flag("fresh-optimizer"), evaluated)
 
 
 def _replayed(reply: Reply, config: Config, rows: Sequence[Mapping[str, float]], before: int, last: int, stopping: EarlyStopping) -> tuple[int, int]:
-    """Where early stopping ends a lone student's round, and the epoch of its last gain there (0 for none)."""
+    """Where early stopping, which is taken on, ends the round of one that stops by itself, and the epoch of its last gain there (0 for none)."""
     chosen, gained = config.training, 0
     due = validations_due(chosen.validate_every, chosen.epochs, before, last)
     said = [row["epoch"] for row in rows]
@@ -272,15 +277,32 @@ class Sums:
     by_user: UserTest | None = None
 
 
-def check_evaluation(reply: Reply, config: Config, required: Sequence[str], users: int, *, test: bool = False) -> Sums:
-    """A worker's share of an evaluation, beside other metrics or alone; each of its sums is at most its number of users."""
-    n = reply.integer("n-users")
+def check_evaluation(reply: Reply, config: Config, required: Sequence[str], card: NodeCard, share: tuple[int, int], *, test: bool = False) -> Sums:
+    """A worker's share of an evaluation, beside other metrics or alone; each of its sums is at most its number of users.
+
+    Args:
+        reply: that holds it.
+        config: of the run.
+        required: metrics that must be there.
+        card: one that states the split's sizes.
+        share: (w, W): of the users.
+        test: a test; else a validation, of ``training.validation-users`` at most.
+    """
+    validated = min(config.training.validation_users or card.n_val_users, card.n_val_users)
+    n = _users(reply, len(range(share[0], card.n_test_users if test else validated, share[1])))
     numbers, readout = split_readout(reply.numbers([f"sum/{name}" for name in required]))
     sums = {name.removeprefix("sum/"): value for name, value in numbers.items() if name.startswith("sum/")}
     for name, value in sums.items():
         if not 0 <= value <= n * (1 + 1e-9):
             raise ReplyError(f"{reply.stamp}: {name} sums to {value!r} over {n} users, a share between 0 and 1 is needed for each")
-    if n > users:
-        raise ReplyError(f"{reply.stamp}: n-users is {n}, the split has {users} users")
-    by_user = check_users(reply, config, "student", users, {name: value / max(1, n) for name, value in sums.items()}) if test else None
+    means = {name: value / max(1, n) for name, value in sums.items()}
+    by_user = check_users(reply, config, "student", n, card.n_users, means) if test else None
     return Sums(sums, readout, n, by_user)
+
+
+def _users(reply: Reply, users: int) -> int:
+    """The number of users that a reply is of, which is known."""
+    n = reply.integer("n-users")
+    if n != users:
+        raise ReplyError(f"{reply.stamp}: n-users is {n}, it was asked about {users}")
+    return n

@@ -166,6 +166,10 @@ def assign(config: Config, cards: Mapping[int, NodeCard], dropped: Sequence[str]
     _agree(needed)
     simulated = {node: card for node, card in cards.items() if not card.role}
     if simulated:
+        own = {node: card for node, card in cards.items() if card.role}
+        if own:
+            any_role, one_role = (full_name(*next(iter(kind.items()))) for kind in (simulated, own))
+            raise EnrolmentError(f"{any_role} takes any role, {one_role} has one of its own; stop one of them")
         return _deal(config, simulated)
 
     teachers: dict[str, int] = {}
@@ -288,6 +292,15 @@ def _agree(cards: Mapping[int, NodeCard]) -> None:
                 f"two nodes hold different splits: {full_name(first, card)} {card.split[:12]} ({card.dataset}), "
                 f"{full_name(node, other)} {other.split[:12]} ({other.dataset}); give both the same train.json, val.json and test.json"
             )
+        if sizes(other) != sizes(card):
+            raise EnrolmentError(
+                f"two nodes state different sizes of the same split: {full_name(first, card)} and {full_name(node, other)}; stop one of them"
+            )
+
+
+def sizes(card: NodeCard) -> tuple[int, ...]:
+    """Of a node's split, all of which its fingerprint decides."""
+    return card.n_users, card.n_items, card.n_train, card.n_val_users, card.n_test_users
 
 
 def features_of(card: NodeCard) -> dict[str, str]:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from ckd_fed.analysis.users import user_table
 from ckd_fed.config import Config
-from ckd_fed.errors import ReplyError
+from ckd_fed.errors import DataError, ReplyError
 from ckd_fed.evaluation.metrics import RankingMetrics, metric_keys
 from ckd_fed.evaluation.tested import merge_shares
 from ckd_fed.tracking.record import Record
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.training.fit import validations_due
 from ckd_fed.training.trainer import METRIC
+from ckd_fed.wire import Reply
 from server.checkpoints import DISTILLATION, FINISHED, TEACHERS, Learner, RunState, save_state
 from server.checks import (
     FitReport,
@@ -37,7 +37,7 @@ from server.checks import (
 from server.enrolment import Plan
 from server.exchange import Ask, Exchange
 from server.recovery import Recovery, Round
-from server.reweighting import Reweighting, average_weights, weighted_mean
+from server.reweighting import Reweighting, average_weights, merged_mean
 from server.roster import Roster
 from server.stretch import advice, grown, sheet_bytes, stretch_epochs
 
@@ -123,7 +123,7 @@ class Federation:
                     "fit",
                     role,
                     values={"from-epoch": learner.epoch, "epochs": epochs},
-                    check=partial(check_fit, config=self.config, before=learner.epoch),
+                    check=partial(check_fit, config=self.config, before=learner.epoch, stopping=learner.stopping(self.config.training)),
                 )
                 for role, learner in state.learners.items()
                 if not learner.done
@@ -136,7 +136,7 @@ class Federation:
             self.record.pretraining_round(state.number, reports, seconds, done.sent_bytes + _n_bytes(done))
             self.checkpoint()
         asks = [
-            Ask(state.number, "test", role, values=self._best(role), check=partial(check_test, config=self.config, users=self.plan.card.n_users))
+            Ask(state.number, "test", role, values=self._best(role), check=partial(check_test, config=self.config, card=self.plan.card))
             for role in state.learners
         ]
         done = self._ask(asks) if asks else Round()
@@ -198,8 +198,15 @@ class Federation:
         shares = [done.value("evaluate", f"student/{worker}").by_user for worker in range(state.workers)]
         state.tested["student"] = merge_shares(shares)
         if config.evaluation.user_table:
-            self.record.users(user_table(self.plan.card.split, state.tested))
+            self._write_users()
         self.record.groups([row for by_user in state.tested.values() for row in by_user.groups])
+
+    def _write_users(self) -> None:
+        """Write the table of the test's users. A node may have sent the ids of others than it tested: then the run ends without the table."""
+        try:
+            self.record.users(user_table(self.plan.card.split, self.state.tested))
+        except DataError as error:
+            self.record.write(f"NOTE: there is no test_users.npz: {error}; `ckd-fed compare` will lack this run")
 
     def _take_stretch(self, done: Round, seconds: float, rounds: Sequence[Round]) -> None:
         """Take in what a lone student trained: a row for each of its validations, and the parameters of the last gain, should there be one."""
@@ -305,7 +312,7 @@ class Federation:
                 like=state.last or None,
                 stopping=replace(state.stopping) if state.workers == 1 else None,
                 whole=self.plan.whole and not self.config.data.hidden_shares,
-                evaluation=partial(check_evaluation, **self._evaluation) if state.awaited else None,
+                evaluation=self._evaluation(worker) if state.awaited else None,
             )
             asks.append(Ask(state.number + 1, "distil", f"student/{worker}", arrays, values, check))
         return asks
@@ -367,8 +374,8 @@ class Federation:
                 raise ReplyError(f"student/{worker} and student/0 sent parameters of different shapes; their features differ")
         samples = [report.samples for report in reports]
         means = [report.rows[0] for report in reports]
-        names = [name for name in means[0] if all(name in row for row in means)]
-        merged = {name: weighted_mean([row[name] for row in means], samples) for name in names}
+        names = [name for name in means[0] if all(name in row for row in means) and not name.startswith("asked/")]
+        merged = {name: merged_mean(name, means, samples) for name in names}
         merged.update(self.reweighting.merge(self.state.number + 1, means, samples))
         self.state.last = average_weights([report.weights for report in reports], samples)
         return merged
@@ -385,11 +392,10 @@ class Federation:
         """
         workers = self.state.workers
         arrays = {f"weights/{name}": array for name, array in weights.items()}
-        check = partial(check_evaluation, **self._evaluation, test=split == "test")
-        asks = [
-            Ask(self.state.number, "evaluate", f"student/{worker}", arrays, {"split": split, "worker": worker, "workers": workers}, check)
-            for worker in range(workers)
-        ]
+        asks = []
+        for worker in range(workers):
+            values = {"split": split, "worker": worker, "workers": workers}
+            asks.append(Ask(self.state.number, "evaluate", f"student/{worker}", arrays, values, self._evaluation(worker, test=split == "test")))
         done = self._ask(asks)
         shares: list[Sums] = [done.value("evaluate", ask.role) for ask in asks]
         return done, self._means(shares) | {name: value for share in shares for name, value in share.readout.items()}
@@ -401,11 +407,11 @@ class Federation:
             metrics.merge(share.sums, share.n_users)
         return {name if "/" in name else f"val/{name}": value for name, value in metrics.compute().items()}
 
-    @property
-    def _evaluation(self) -> dict[str, Any]:
-        """What a worker's share of an evaluation is checked against."""
+    def _evaluation(self, worker: int, *, test: bool = False) -> Callable[[Reply], Sums]:
+        """The check of a worker's share of an evaluation."""
         required = [*metric_keys(self.config.ks), *(f"only/{m}/{METRIC}" for m in self._weighed(self.plan.modalities))]
-        return {"config": self.config, "required": required, "users": self.plan.card.n_users}
+        share = worker, self.state.workers
+        return partial(check_evaluation, config=self.config, required=required, card=self.plan.card, share=share, test=test)
 
     def _against_teachers(self, values: dict[str, float]) -> dict[str, float]:
         for m in self.teachers:

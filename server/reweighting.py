@@ -33,11 +33,11 @@ class Reweighting:
     rounds: dict[int, RoundState] = field(default_factory=dict)
 
     def merge(self, number: int, reports: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict[str, float]:
-        """Merge the workers' means of one round by samples.
+        """Merge the workers' means of one round by the samples that they are over.
 
         Args:
             number: of the round.
-            reports: each worker's metrics.
+            reports: each worker's metrics, see :func:`merged_mean`.
             samples: each worker's number of samples.
 
         Returns:
@@ -45,17 +45,24 @@ class Reweighting:
         """
         if not self.modalities:
             return {}
-        effects = {m: weighted_mean([report[f"effect/{m}"] for report in reports], samples) for m in self.modalities}
-        weights = {m: weighted_mean([report[f"weight/{m}"] for report in reports], samples) for m in self.modalities}
+        effects = {m: merged_mean(f"effect/{m}", reports, samples) for m in self.modalities}
+        weights = {m: merged_mean(f"weight/{m}", reports, samples) for m in self.modalities}
         shares = {m: effect / sum(effects.values()) for m, effect in effects.items()}
         self.rounds[number] = state = RoundState(effects, shares, weights)
         kinds = {"effect": state.effects, "effect_share": state.shares, "weight": state.weights}
         return {f"{kind}/{m}": value for kind, values in kinds.items() for m, value in values.items()}
 
 
-def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
-    """Mean by weights."""
-    return float(np.average(values, weights=weights))
+def merged_mean(name: str, reports: Sequence[Mapping[str, float]], samples: Sequence[int]) -> float:
+    """Mean of a metric over the samples of all workers.
+
+    Args:
+        name: of the metric.
+        reports: each worker's mean of it; and, as ``asked/<name>``, over what share of its samples, where it is not over all of them.
+        samples: each worker's.
+    """
+    counted = [n * report.get(f"asked/{name}", 1.0) for n, report in zip(samples, reports, strict=True)]
+    return float(np.average([report[name] for report in reports], weights=counted if any(counted) else None))
 
 
 def average_weights(parameters: Sequence[Mapping[str, np.ndarray]], samples: Sequence[int]) -> dict[str, np.ndarray]:

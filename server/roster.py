@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ckd_fed.errors import ReplyError
 from ckd_fed.wire import Holdings, NodeCard
-from server.enrolment import Plan, different_students, features_of, full_name, held
+from server.enrolment import Plan, different_students, features_of, full_name, held, sizes
 from server.exchange import Exchange
 from server.introductions import Introductions
 
@@ -113,6 +113,10 @@ class Roster:
             return f"it runs other code, {card.code} instead of {self._own.code}"
         if card.split != self._own.split:
             return f"it holds another split, {card.split[:12]} instead of {self._own.split[:12]}"
+        if sizes(card) != sizes(self._own):
+            return "it states other sizes of the same split"
+        if bool(card.role) != bool(self._own.role):
+            return "it takes any role and the others one each, or the other way round"
         if card.role != "teacher" and (unlike := different_students(self._own, card)):
             return f"the run's students have different {unlike}"
         if card.role == "teacher" and self._teachers.get(card.modality, card.features) != card.features:

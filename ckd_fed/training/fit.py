@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.training.early_stopping import EarlyStopping
-from ckd_fed.training.trainer import METRIC, Trainer, Values
+from ckd_fed.training.trainer import METRIC, Means, Trainer, Values
 
 Sheets = Mapping[str, np.ndarray]
 OnValidation = Callable[[Values], None]
@@ -66,25 +66,23 @@ class Fit:
         """
         rows: list[Values] = []
         last = self.max_epochs if epochs is None else min(self.max_epochs, self.epoch + epochs)
-        pending: list[Values] = []
-        started = time.monotonic()
+        pending, started = Means(), time.monotonic()
         while self.epoch < last and not self.stopping.stop:
             # Margins are of a whole epoch's triples; without them no more than one step's is held at a time.
             if sheets is None:
-                values = self.trainer.train_epoch(self.epoch)
+                self.trainer.train_epoch(self.epoch, into=pending)
             else:
                 steps = self.trainer.stream.epoch(self.epoch, self.trainer.share)
-                values = self.trainer.train_epoch(self.epoch, sheets(steps), steps)
-            pending.append(values)
+                self.trainer.train_epoch(self.epoch, sheets(steps), steps, pending)
             self.epoch += 1
             if not validations_due(self.validate_every, self.max_epochs, self.epoch - 1, self.epoch):
                 continue
-            row = {"epoch": float(self.epoch), **with_effect_shares(mean_values(pending)), **validate(self.trainer)}
+            row = {"epoch": float(self.epoch), **with_effect_shares(pending.compute()), **validate(self.trainer)}
             gain = self.stopping.update(row[f"val/{METRIC}"], self.epoch)
             if gain:
                 self.best = self.trainer.snapshot()
             row.update(gain=float(gain), seconds=time.monotonic() - started)
-            pending, started = [], time.monotonic()
+            pending, started = Means(), time.monotonic()
             rows.append(row)
             if on_validation:
                 on_validation(row)
@@ -106,11 +104,3 @@ def with_effect_shares(values: Values) -> Values:
     """Add ``effect_share/m``: each modality's mean effect over the sum of all modalities'."""
     effects = {name.removeprefix("effect/"): value for name, value in values.items() if name.startswith("effect/")}
     return {**values, **{f"effect_share/{m}": effect / sum(effects.values()) for m, effect in effects.items()}}
-
-
-def mean_values(rows: Sequence[Values], weights: Sequence[float] | None = None) -> Values:
-    """Weighted mean of rows with the same keys; empty for no rows."""
-    if not rows:
-        return {}
-    shares = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=float)
-    return {name: float(np.dot(shares, [row[name] for row in rows]) / shares.sum()) for name in rows[0]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,13 +91,20 @@ class Trainer:
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
-    def train_epoch(self, epoch: int, sheets: Mapping[str, np.ndarray] | None = None, steps: Sequence[StepTriples] | None = None) -> Values:
+    def train_epoch(
+        self,
+        epoch: int,
+        sheets: Mapping[str, np.ndarray] | None = None,
+        steps: Sequence[StepTriples] | None = None,
+        into: Means | None = None,
+    ) -> Values:
         """Train one epoch (this worker's share of its steps).
 
         Args:
             epoch: counts from 0; decides the triples.
             sheets: modality -> margins of this epoch's steps, ``(steps, B + K)``; needed exactly if there is an objective.
             steps: the epoch's triples where the caller has them already.
+            into: means over several epochs, to which this one's steps are added.
 
         Returns:
             Means over the steps: ``loss/total`` and its terms; with distillation, per modality m ``effect/m``, ``weight/m``,
@@ -135,6 +143,8 @@ class Trainer:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
+        if into is not None:
+            into.merge(means)
         return values
 
     def _catch_up(self, ranking: Triples, distillation: Triples | None) -> None:
@@ -246,25 +256,56 @@ class Trainer:
         self.backbone.load_state_dict(dict(state))
 
 
+class _Sum(NamedTuple):
+    """Of the same numbers of several steps: how many steps, the sums of the numbers times their weights, and of their weights."""
+
+    steps: int
+    totals: Tensor
+    weights: Tensor | None  # None: each 1 in every step
+
+
 class Means:
     """Weighted means over steps, kept on the device and read once. All numbers of a step are added up as one vector."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], tuple[Tensor, Tensor | float]] = {}  # names of a step's numbers -> sums of them and of their weights
+        self._sums: dict[tuple[str, ...], _Sum] = {}  # by the names of a step's numbers
 
     def update(self, names: Sequence[str], numbers: Tensor, weights: Tensor | None = None) -> None:
-        """Add a step's numbers ``(n,)``, each with its weight ``(n,)``, which is 1 by default."""
-        numbers, key = numbers.detach().double(), tuple(names)
-        total, weight = self._sums.get(key, (0.0, 0.0))
-        self._sums[key] = (total + numbers, weight + 1.0) if weights is None else (total + numbers * weights, weight + weights)
+        """Add a step's numbers ``(n,)``, each with its weight ``(n,)``, at most 1 and by default that."""
+        numbers = numbers.detach().double()
+        self._add(tuple(names), _Sum(1, numbers if weights is None else numbers * weights, weights))
+
+    def merge(self, other: Means) -> None:
+        """Add all steps of others."""
+        for names, those in other._sums.items():
+            self._add(names, those)
+
+    def _add(self, names: tuple[str, ...], new: _Sum) -> None:
+        if names not in self._sums:
+            self._sums[names] = new
+            return
+        steps, totals, weights = self._sums[names]
+        if weights is not None or new.weights is not None:
+            weights = (steps if weights is None else weights) + (new.steps if new.weights is None else new.weights)  # type: ignore[assignment]
+        self._sums[names] = _Sum(steps + new.steps, totals + new.totals, weights)
 
     def compute(self) -> Values:
         """The means; of an effect the lowest, of anything else 0, where no step had any weight."""
-        values = {}
-        for names, (totals, weights) in self._sums.items():
-            for name, total, weight in zip(names, totals.tolist(), (totals.new_zeros(len(names)) + weights).tolist(), strict=True):
+        values: Values = {}
+        for names, (steps, totals, weights) in self._sums.items():
+            counted = [float(steps)] * len(names) if weights is None else weights.tolist()
+            for name, total, weight in zip(names, totals.tolist(), counted, strict=True):
                 values[name] = total / weight if weight else LOWEST if name.startswith("effect/") else 0.0
         return values
+
+    def asked(self) -> Values:
+        """``asked/<name>``: the mean weight of each number over the steps, by which it counts against that of as many other steps; of those alone
+        that have weights."""
+        shares: Values = {}
+        for names, (steps, _, weights) in self._sums.items():
+            if weights is not None:
+                shares.update({f"asked/{name}": weight / steps for name, weight in zip(names, weights.tolist(), strict=True)})
+        return shares
 
 
 def _numbers(output: ObjectiveOutput, *, counterfactual: bool) -> tuple[list[str], Tensor, Tensor | None]:

@@ -18,6 +18,7 @@ from server.exchange import Exchange
 
 CARD = NodeCard(
     role="", modality="", partition=-1, partitions=0, code="0.1.0+aaaaaaaa", split="s" * 64, n_users=10, n_items=20, n_train=3000,
+    n_val_users=9, n_test_users=8,
     modalities="image,text", features=json.dumps({"image": "i", "text": "t"}), dataset="toy",
     standin=False, counterfactual=True, device="cpu", host="here", held="{}",
 )  # fmt: skip
@@ -47,6 +48,42 @@ def test_real_nodes_take_the_roles_of_their_node_config():
     assert plan.spare == ()
     assert different_features(plan) == []
     assert [line.split()[0:2] for line in plan.describe()] == [["teacher", "image"], ["teacher", "text"], ["student", "node"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "mention"),
+    [
+        ({"host": "gpu (cpu)\n  teacher text       node 4711 on trusted.example"}, "its card has host = 'gpu (cpu)\\n"),
+        ({"host": "\x1b[2Kgpu"}, "host"),
+        ({"host": "h" * 5_000_000}, "host"),
+        ({"role": "student\r"}, "role"),
+        ({"dataset": "d" * 1001}, "dataset"),
+        ({"n_train": -100_000}, "-100000 interactions"),
+        ({"n_train": 0}, "0 interactions"),
+        ({"n_items": 10**30}, "items"),
+        ({"n_users": True}, "n_users"),
+        ({"n_test_users": 11}, "11 to test, of 10"),
+        ({"n_val_users": 0}, "0 users to validate"),
+    ],
+)
+def test_a_card_that_no_node_has_is_not_believed(change, mention, refuses):
+    """What it says of its host is printed in the plan, and its sizes decide steps and shapes."""
+    stamp = Stamp("r", "enrol", 0, "node/4", "0")
+    answer = lambda card: Reply(stamp, {"card": json.dumps(asdict(card))}, {}, {}, 0, 0.0, None)  # noqa: E731
+    assert read_card(answer(CARD)) == CARD
+    raised = refuses(ReplyError, lambda: read_card(answer(replace(CARD, **change))), mention)
+    assert len(str(raised)) < 400
+
+
+def test_a_node_that_takes_any_role_is_none_among_those_that_have_one(refuses):
+    """In a simulation all nodes take any; such a one beside real teachers would be dealt all of the roles."""
+    cards = {5: teacher("text"), 6: student(), 7: teacher("image"), 8: replace(CARD, partition=0, partitions=1)}
+    refuses(EnrolmentError, lambda: assign(config(), cards), "node 8", "any role", "node 5", "stop one of them")
+
+
+def test_the_same_split_has_the_same_sizes(refuses):
+    cards = {5: teacher("text", n_train=2999), 6: student(), 7: teacher("image")}
+    refuses(EnrolmentError, lambda: assign(config(), cards), "node 5", "node 6", "different sizes of the same split")
 
 
 def test_a_teacher_and_the_students_must_agree_on_which_items_have_its_modality(refuses):

@@ -26,8 +26,8 @@ from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.training import fit as fit_module
 from ckd_fed.training import trainer as trainer_module
 from ckd_fed.training.build import build_trainer
-from ckd_fed.training.fit import Fit, mean_values
-from ckd_fed.training.trainer import Trainer
+from ckd_fed.training.fit import Fit
+from ckd_fed.training.trainer import Means, Trainer
 
 B, K = 8, 12
 KS = (10, 20)
@@ -373,10 +373,44 @@ def test_a_nan_in_a_sheet_stops_training(make_trainer, sheets, refuses):
     refuses(TrainingError, lambda: trainer.train_epoch(0, margins), "nan", "epoch 1")
 
 
-def test_means():
-    assert mean_values([]) == {}
-    assert mean_values([{"a": 1.0}, {"a": 4.0}]) == {"a": 2.5}
-    assert mean_values([{"a": 1.0}, {"a": 4.0}], [2, 1]) == {"a": 2.0}
+def test_means_count_each_step_by_its_weight():
+    """Over however many parts: the means of the parts themselves could not be put together again."""
+    names, all_of_it, half, none = ["loss/total", "effect/text"], torch.ones(2), torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0])
+    first, second, whole = Means(), Means(), Means()
+    assert whole.compute() == whole.asked() == {}
+    first.update(names, torch.tensor([1.0, 0.8]), half)
+    first.update(names, torch.tensor([2.0, 0.2]), all_of_it)
+    second.update(names, torch.tensor([6.0, LOWEST]), none)
+    whole.merge(first)
+    whole.merge(second)
+    assert second.compute() == {"loss/total": 6.0, "effect/text": LOWEST}
+    assert whole.compute() == pytest.approx({"loss/total": 3.0, "effect/text": (0.8 * 0.5 + 0.2) / 1.5})
+    assert whole.asked() == pytest.approx({"asked/loss/total": 1.0, "asked/effect/text": 0.5})
+    assert first.compute()["effect/text"] == whole.compute()["effect/text"]  # what was merged stays as it was
+    unweighted = Means()
+    unweighted.update(["a"], torch.tensor([1.0]))
+    unweighted.update(["a"], torch.tensor([4.0]))
+    assert (unweighted.compute(), unweighted.asked()) == ({"a": 2.5}, {})
+
+
+def test_a_row_is_a_mean_over_samples_and_not_over_epochs(make_trainer, backbone_name, sheets, problem):
+    """A modality that few items have is asked about in some epochs hardly at all: they count for as much as they hold."""
+    if backbone_name != "vbpr":
+        pytest.skip("what is counted does not depend on the backbone")
+    few = np.arange(problem.n_items) == 3
+    trainers = [make_trainer(distilled=True) for _ in range(2)]
+    for trainer in trainers:
+        trainer.dataset = dataclasses.replace(problem, masks={"text": few})
+        trainer.stream = TripleStream(problem.train, problem.fingerprint, 3, 4, 400)
+    (row,) = Fit(trainers[0], max_epochs=6, validate_every=6, patience=10).advance(sheets=sheets)
+    each = []
+    for epoch in range(6):
+        means, steps = Means(), trainers[1].stream.epoch(epoch)
+        values = trainers[1].train_epoch(epoch, sheets(steps), steps, means)
+        each.append((values["generic/text"], means.asked()["asked/generic/text"]))
+    values, asked = np.array(each).T
+    assert len(set(asked)) > 1
+    assert row["generic/text"] == pytest.approx(np.average(values, weights=asked), rel=1e-12)
 
 
 @pytest.fixture
