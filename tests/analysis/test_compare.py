@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ckd_fed.analysis.compare import compare, holm, paired, read_entry
+from ckd_fed.analysis.compare import Entry, compare, holm, paired, read_entry
 from ckd_fed.analysis.history import read_history
 from ckd_fed.analysis.student import load_student
-from ckd_fed.analysis.users import UserTable, load_users
+from ckd_fed.analysis.users import UserTable, load_users, user_table
 from ckd_fed.cli import main
 from ckd_fed.errors import ConfigError, DataError
+from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.report.comparison import draw_comparison
 from ckd_fed.tracking.record import read_rows
 
@@ -198,3 +199,25 @@ def test_the_commands(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", "one"])
     assert "at least two runs" in capsys.readouterr().err
+
+
+def test_users_who_all_gain_alike():
+    assert paired(np.array([1.5, 2.5]), np.array([1.0, 2.0])) == (0.5, 0.5, 0.5, 0.0)
+
+
+def test_every_entry_has_its_own_adjusted_p():
+    rng = np.random.default_rng(0)
+    base = rng.random(40)
+    columns = {"base": base, "far": base + 0.5 + 0.1 * rng.random(40), "near": base + 0.02 * rng.normal(size=40)}
+    entries = [Entry(name, None, "student", UserTable("s", np.arange(40), {"student/recall@20": v})) for name, v in columns.items()]
+    found = {one.label: one for one in compare(entries, "recall@20")}
+    assert found["far"].p_holm == pytest.approx(2 * found["far"].p)
+    assert found["near"].p_holm == pytest.approx(found["near"].p)
+    assert found["far"].mean == pytest.approx(columns["far"].mean())
+    assert found["far"].difference > 0.5
+
+
+def test_models_tested_on_different_users_make_no_table():
+    one, two = (UserTest(np.array(users), {"recall@20": np.zeros(2)}, []) for users in ([0, 1], [0, 2]))
+    with pytest.raises(DataError, match="plain and student were tested on different users"):
+        user_table("s", {"plain": one, "student": two})

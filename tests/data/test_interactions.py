@@ -131,3 +131,13 @@ def test_a_sample_of_users_keeps_all_of_their_items_and_is_the_same_for_the_same
 def test_a_sample_of_no_fewer_users_is_all_of_them(random_interactions, more):
     interactions = random_interactions(30, 20)
     assert interactions.of_sampled_users(more, 1) is interactions
+
+
+def test_one_interaction_makes_an_item_warm(interactions):
+    assert interactions([[0], [0, 1]], 3).warm.tolist() == [True, True, False]
+
+
+def test_users_without_items_are_never_sampled(interactions):
+    few = interactions([[0] if user % 4 == 0 else [] for user in range(40)], 3)
+    for seed in range(20):
+        assert len(few.of_sampled_users(5, seed).users) == 5

@@ -118,3 +118,19 @@ def test_the_rule_on_the_real_interactions_has_the_published_sizes():
     for k in (VAL, TEST):
         np.testing.assert_array_equal(np.bincount(users[part == k]), np.bincount(users[real == k]))
     assert (part == real).mean() < 0.9  # other draws, though
+
+
+def test_temporal_shares_are_exact():
+    n = np.arange(100)
+    assert split("temporal", 0 * n, n, n.astype(float)).tolist() == [TRAIN] * 80 + [VAL] * 10 + [TEST] * 10
+
+
+def test_cold_items_go_by_the_seed_and_are_those_of_warm_and_cold():
+    keys = np.unique(np.random.default_rng(0).integers(0, 2000, 900))
+    users, items = keys // 50, keys % 50
+    cold, both = (split(rule, users, items, seed=1) for rule in ("cold-items", "warm-and-cold"))
+    held = np.isin(items, np.unique(items[cold != TRAIN]))
+    assert 0 < held.mean() < 1
+    np.testing.assert_array_equal(cold[held], both[held])
+    assert (cold != split("cold-items", users, items, seed=2)).any()
+    np.testing.assert_array_equal(both[~held], split("random", users[~held], items[~held], seed=1))

@@ -253,3 +253,17 @@ def test_drawing_warns_of_nothing(train):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TripleStream(train, "f", 2**63, 4, 7).epoch(10**6)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "users"),
+    [(4, [2, 10, 15, 18]), (5, [5, 14, 18, 19, 23])],  # of 18: less than a quarter, and more
+)
+def test_which_way_users_are_drawn_is_pinned(batch_size, users, train):
+    assert TripleStream(train, "fingerprint", 123, batch_size, 4).step(0, 0).ranking[0].tolist() == users
+
+
+def test_the_smallest_where_one_word_too_few_is_below_the_bound():
+    word = np.arange(1000, dtype=np.uint64) + np.uint64(2**63)
+    word[5] = 0
+    assert smallest(word, 2).tolist() == [0, 5]

@@ -1,12 +1,14 @@
 """Sheets of margins."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.triples import TripleStream
-from ckd_fed.distillation.margins import DTYPES, margin_sheet
+from ckd_fed.distillation.margins import DTYPES, largest_margin, margin_sheet
 
 
 @pytest.fixture
@@ -53,3 +55,16 @@ def test_nothing_is_said_of_items_without_the_modality(steps):
     asked = np.stack([[mask[i] and mask[j] for _, i, j in [*step.ranking.T, *step.distillation.T]] for step in steps])
     assert 0 < asked.sum() < asked.size
     np.testing.assert_array_equal(sheet, np.where(asked, whole, 0))
+
+
+def test_the_largest_margin_does_not_exceed_the_bound():
+    """To the last digit of its type: the server refuses what does."""
+    half, single = DTYPES["float16"], DTYPES["float32"]
+    assert largest_margin(half, math.inf) == 65504.0
+    assert largest_margin(half, 0.5) == 0.5
+    assert 0.299 < largest_margin(half, 0.3) <= 0.3
+    assert 0.1 - 1e-7 < largest_margin(single, 0.1) <= 0.1
+
+
+def test_no_steps_no_margins():
+    assert margin_sheet(tables(), [], DTYPES["float16"]).shape == (0, 0)

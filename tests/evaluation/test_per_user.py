@@ -61,3 +61,24 @@ def test_equal_counts_stay_in_one_group_and_all_are_counted(random_interactions,
     rows = group_rows("m", rank_users(scores_as_embeddings(np.random.default_rng(0).normal(size=(50, 40)).tolist()), train, test, 20), train, test)
     assert sum(row["n"] for row in rows if row["kind"] == "users") == len(test.users)
     assert sum(row["n"] for row in rows if row["kind"] == "items") == len(test)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(2, 0.5), (3, 1.0)])
+def test_groups_count_the_first_k_alone(k, expected, interactions):
+    train, held_out = interactions([[0]], 5), interactions([[2, 3]], 5)
+    rankings = rank_users(scores_as_embeddings([[9, 8, 7, 6, 5]]), train, held_out, 3)  # 1, 2, 3
+    found = {row["kind"]: (row["n"], row[f"recall@{k}"]) for row in group_rows("m", rankings, train, held_out, k=k)}
+    assert found == {"users": (1, expected), "items": (2, expected)}
+
+
+def test_groups_are_thirds(interactions):
+    train, held_out = interactions([list(range(n)) for n in range(1, 10)], 12), interactions([[11]] * 9, 12)
+    rows = group_rows("m", rank_users(scores_as_embeddings(np.ones((9, 12)).tolist()), train, held_out, 3), train, held_out, k=3)
+    users = [(row["group"], row["n"]) for row in rows if row["kind"] == "users"]
+    assert users == [("1 to 3 items", 3), ("4 to 6 items", 3), ("7 to 9 items", 3)]
+
+
+def test_all_held_out_items_count_also_beyond_k(interactions):
+    found = rank_users(scores_as_embeddings([[9, 8, 7, 6, 5]]), interactions([[0]], 5), interactions([[1, 2, 3]], 5), 2)
+    assert found.n_relevant.tolist() == [3]
+    assert found.metrics((2,))["recall@2"].tolist() == pytest.approx([2 / 3])

@@ -135,3 +135,10 @@ def test_the_embeddings_are_left_alone(problem):
     before = [table.clone() for table in tables]
     evaluate(tables, train, held_out)
     assert all(torch.equal(a, b) for a, b in zip(before, tables, strict=True))
+
+
+def test_a_share_of_nobody_has_sums(interactions):
+    table = Embeddings(torch.tensor([[1.0, 2.0, 3.0]]), torch.eye(3))
+    found = evaluate(table, interactions([[0]], 3), interactions([[1]], 3), (1, 2), (1, 2))
+    assert found.n_users == 0
+    assert found.sums["recall@2"] == found.sums["ndcg@1"] == 0.0

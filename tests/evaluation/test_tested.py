@@ -13,9 +13,17 @@ from ckd_fed.evaluation.tested import add_warm_and_cold, merge_shares, rank_test
 N_USERS, N_ITEMS, COLD = 40, 30, (3, 11, 12, 29)
 
 
+ENOUGH = tested.ENOUGH
+
+
 @pytest.fixture(autouse=True)
 def few_are_enough(monkeypatch):
     monkeypatch.setattr(tested, "ENOUGH", 0)
+
+
+def of_scores(scores):
+    """Tables whose inner products are a score matrix."""
+    return Embeddings(torch.tensor(scores, dtype=torch.float64), torch.eye(len(scores[0]), dtype=torch.float64))
 
 
 @pytest.fixture
@@ -97,3 +105,23 @@ def test_shares_merge_to_the_whole(workers, tables, split):
     assert len(merged.groups) == len(whole.groups)
     for ours, theirs in zip(merged.groups, whole.groups, strict=True):
         assert ours == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(("cold", "said"), [(19, False), (20, True)])
+def test_enough_cold_items_are_ten_lists(cold, said, interactions, monkeypatch):
+    monkeypatch.setattr(tested, "ENOUGH", ENOUGH)
+    n = 10 + cold
+    train, test, table = interactions([list(range(10))], n), interactions([[n - 1]], n), of_scores([np.arange(float(n)).tolist()])
+    metrics = evaluate(table, train, test, (1, 2))
+    add_warm_and_cold(metrics, table, train, test)
+    assert ("cold/recall@2" in metrics.sums) == said
+
+
+def test_shares_count_each_cold_user_once(interactions):
+    train, test = interactions([[0]] * 6, 25), interactions([[24]] * 6, 25)
+    table, whole = of_scores(np.random.default_rng(0).normal(size=(6, 25)).tolist()), RankingMetrics((1, 2))
+    for worker in range(3):
+        metrics = evaluate(table, train, test, (1, 2), (worker, 3))
+        add_warm_and_cold(metrics, table, train, test, (worker, 3))
+        whole.merge(metrics.sums, metrics.n_users)
+    assert whole.sums["cold/users"] == 6

@@ -25,6 +25,7 @@ def config(**given):
         (3, 8, 20_000_000, 2),
         (0, 1, 10**9, 1),  # an epoch at least
         (22, 4, 10**9, 1),
+        (23, 1, 10_000_000, 0),
     ],
 )
 def test_epochs_of_a_round(epoch, validations, per_epoch, expected):

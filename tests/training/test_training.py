@@ -524,3 +524,32 @@ def test_every_trainer_of_a_process_works_with_its_own_threads(problem, monkeypa
     finally:
         torch.set_num_threads(before)
     assert found == [2, 2, 1, 1] * 2
+
+
+def test_the_read_out_is_chosen_on_validation_alone(make_dataset, monkeypatch):
+    """Nothing that is fitted, compared or chosen has seen the test items, not even in their absence from training."""
+    problem = make_dataset(n_users=40, n_items=200, n_modalities=3)
+    fitted, fits, genuine = [], [], trainer_module.calibrate
+
+    def spied(tables, train, held_out):
+        fitted.append(held_out)
+        fits.append(genuine(tables, train, held_out))
+        return fits[-1]
+
+    monkeypatch.setattr(trainer_module, "calibrate", spied)
+    kept = 0
+    for seed in range(8):
+        backbone = build_backbone("vbpr", problem.train, problem.features, {"embedding_dim": 4}, seed=seed)
+        trainer = Trainer(backbone, problem, TripleStream(problem.train, problem.fingerprint, 3, 8, 0), learning_rate=5e-3)
+        _, chosen = trainer.read_out(problem.test)
+        assert fitted.pop() is trainer.validation
+        validated = {
+            trainer_module.view_name(backbone, view): trainer.rank(problem.val, view).compute()["recall@20"]
+            for view in (backbone.joint, *backbone.diagnosed.values())
+        }
+        assert {name: chosen[f"readout/val/{name}"] for name in validated} == validated
+        tables, weights = trainer.embeddings(trainer_module.calibration_views(backbone)), fits.pop().weights
+        calibrated = trainer_module.evaluate(trainer_module.combine(tables, weights), problem.train, problem.val, (10, 20)).compute()["recall@20"]
+        assert chosen["readout/val/calibrated"] == max(calibrated, *validated.values())
+        kept += calibrated > max(validated.values())
+    assert kept, "no seed whose calibrated table is the best: choose others"
