@@ -181,6 +181,15 @@ class Backbone(nn.Module, ABC):
         """
         return {}
 
+    @property
+    def epoch_parameters(self) -> frozenset[str]:
+        """Names of the parameters that have a gradient in the first step of an epoch alone; none by default.
+
+        Of several students who share the steps of an epoch each still takes all of these parameters' steps, so their learning rate does not grow
+        with the students' number.
+        """
+        return frozenset()
+
     def __init__(self, train: Interactions, features: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None, *, l2: float) -> None:
         super().__init__()
         self.n_users = train.n_users

@@ -85,6 +85,11 @@ class LATTICE(ItemGraphBackbone):
     def dense_work(self) -> float:
         return float(self.n_items**2 * self.item_embedding.shape[1] * len(self.modalities))  # of a learned graph
 
+    @property
+    def epoch_parameters(self) -> frozenset[str]:
+        """Those of the learned graph."""
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith(("drift.", "projection.")) or name == "modal_weight")
+
     def start_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """Forget the learned graph: the next training batch builds it."""
         self._learned, self._kept = None, {}

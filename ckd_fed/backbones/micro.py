@@ -89,6 +89,11 @@ class MICRO(ItemGraphBackbone):
         products = 12 * len(self.modalities) if len(self.modalities) > 1 else 6
         return float(products * self.n_items**2 * self.item_embedding.shape[1])  # multiplications and additions of the contrast
 
+    @property
+    def epoch_parameters(self) -> frozenset[str]:
+        """Those of the learned graphs."""
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith(("drift.", "projection.")))
+
     def start_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """Forget the learned graphs: the next training batch builds them."""
         self._kept = {}

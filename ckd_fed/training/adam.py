@@ -30,10 +30,12 @@ class Adam:
         module: whose parameters are trained. One that a step leaves without a gradient stays as it is.
         learning_rate: of every step.
         row_tables: names of parameters of which whoever trains reads no row without :meth:`catch_up`; sparse gradients of others are made dense.
+        rates: learning rates of some parameters of their own, by name; of none of the row tables.
     """
 
-    def __init__(self, module: nn.Module, learning_rate: float, row_tables: Collection[str] = ()) -> None:
+    def __init__(self, module: nn.Module, learning_rate: float, row_tables: Collection[str] = (), rates: Mapping[str, float] | None = None) -> None:
         self.learning_rate = learning_rate
+        self._rates = dict(rates or {})
         self._parameters = dict(module.named_parameters())
         self._row_tables = frozenset(row_tables)
         self._state: dict[str, dict[str, Tensor]] = {}
@@ -80,7 +82,7 @@ class Adam:
         parameter.grad = None
 
     def _step(self, given: Mapping[str, Tensor]) -> None:
-        whole: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        whole: dict[float, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}  # by learning rate
         for name, parameter in given.items():
             if name not in self._state:
                 zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -92,10 +94,12 @@ class Adam:
                 self._step_of_rows(name, parameter, gradient, state)
                 continue
             self._settle(name)
-            whole.append((parameter, gradient.to_dense() if gradient.is_sparse else gradient, state))
-        self._update(whole)
+            rate = self._rates.get(name, self.learning_rate)
+            whole.setdefault(rate, []).append((parameter, gradient.to_dense() if gradient.is_sparse else gradient, state))
+        for rate, updates in whole.items():
+            self._update(updates, rate)
 
-    def _update(self, given: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> None:
+    def _update(self, given: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]], rate: float) -> None:
         adam(
             [parameter for parameter, _, _ in given],
             [gradient for _, gradient, _ in given],
@@ -107,7 +111,7 @@ class Adam:
             amsgrad=False,
             beta1=BETAS[0],
             beta2=BETAS[1],
-            lr=self.learning_rate,
+            lr=rate,
             weight_decay=0.0,
             eps=EPS,
             maximize=False,
@@ -123,7 +127,7 @@ class Adam:
         rows = behind.current(gradient.indices()[0])
         if rows is None:
             raise RuntimeError(f"rows of {name} were read while behind; call catch_up with them before a step reads them")
-        self._update([(rows[0], gradient.values(), {"step": state["step"], "exp_avg": rows[1], "exp_avg_sq": rows[2]})])
+        self._update([(rows[0], gradient.values(), {"step": state["step"], "exp_avg": rows[1], "exp_avg_sq": rows[2]})], self.learning_rate)
         behind.stepped(gradient.indices()[0], rows)
 
     @torch.no_grad()

@@ -55,7 +55,8 @@ def learning_rate(config: Config, workers: int) -> float:
     """Of a model that so many workers train.
 
     Each takes its share of the steps, and their mean moves as far as one of them: a W-th of the way. By default the learning rate grows with W
-    (the linear scaling rule, Goyal et al. 2017, arXiv:1706.02677), so that an epoch brings as much as one worker's.
+    (the linear scaling rule, Goyal et al. 2017, arXiv:1706.02677), so that an epoch brings as much as one worker's. Not so the parameters of which
+    every worker takes all the steps, one an epoch: those have ``training.learning-rate`` itself.
     """
     scale = config.federation.rate_scale or float(workers)
     return config.training.learning_rate * (scale if workers > 1 else 1.0)
@@ -106,6 +107,7 @@ def build_trainer(
         dataset,
         triple_stream(config, dataset, distillation=distilled),
         learning_rate=learning_rate(config, share[1]),
+        epoch_rate=config.training.learning_rate,
         objective=objective(config) if distilled else None,
         ks=config.ks,
         share=share,

@@ -44,6 +44,7 @@ class Trainer:
         dataset: interactions for sampling and validation.
         stream: the triples; K = 0 for a teacher or plain student.
         learning_rate: of Adam.
+        epoch_rate: of the parameters that have one gradient an epoch (``Backbone.epoch_parameters``); by default the same.
         objective: of a distilled student; None trains on the backbone's own loss.
         ks: cut-offs of the metrics.
         share: (w, W): this worker's share of every epoch's steps.
@@ -63,6 +64,7 @@ class Trainer:
         stream: TripleStream,
         *,
         learning_rate: float,
+        epoch_rate: float | None = None,
         objective: DistillationObjective | None = None,
         ks: Sequence[int] = (10, 20),
         share: tuple[int, int] = (0, 1),
@@ -76,7 +78,8 @@ class Trainer:
         self.objective = objective
         self.ks = tuple(ks)
         self.share = share
-        self.optimizer = Adam(backbone, learning_rate, backbone.row_tables)
+        rates = dict.fromkeys(backbone.epoch_parameters, learning_rate if epoch_rate is None else epoch_rate)
+        self.optimizer = Adam(backbone, learning_rate, backbone.row_tables, rates)
         self.balancing = balancing or Balancing()
         drawn_by = derive_key("ckd-validation-1", stream.seed, dataset.fingerprint) & 0x7FFFFFFFFFFFFFFF
         self.validation = dataset.val.of_sampled_users(validation_users, drawn_by)

@@ -16,7 +16,7 @@ from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.triples import TripleStream
 from ckd_fed.distillation.effects import LOWEST
 from ckd_fed.distillation.margins import margin_sheet
-from ckd_fed.distillation.objective import DistillationObjective
+from ckd_fed.distillation.objective import DistillationObjective, PlainObjective
 from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation import per_user as per_user_module
 from ckd_fed.evaluation import ranking as ranking_module
@@ -310,6 +310,34 @@ def test_shares_train_on_their_steps_alone(make_trainer):
         twin.optimizer.load_state({})
         twin.train_epoch(0, steps=[twin.stream.step(0, s) for s in range(worker, twin.stream.steps_per_epoch, 3)])
         assert_equal_bits(parameters(part), parameters(twin))
+
+
+def test_parameters_with_one_gradient_an_epoch_are_named(make_trainer):
+    """The learning rate of several students must not grow for them: every student takes all of their steps."""
+    trainer = make_trainer()
+    backbone = trainer.backbone.train()
+    backbone.start_epoch(0, torch.Generator().manual_seed(0))
+    had = []
+    for step in range(2):
+        trainer.optimizer.zero_grad()
+        PlainObjective()(backbone, Triples(*torch.from_numpy(trainer.stream.step(0, step).ranking).long())).loss.backward()
+        had.append({name for name, p in backbone.named_parameters() if p.grad is not None and p.grad.to_dense().any()})
+    assert backbone.epoch_parameters == had[0] - had[1]
+
+
+def test_learning_rates_grow_with_the_students_but_for_those(problem):
+    config = resolve({"backbone": "lattice", "training.learning-rate": 0.01, "training.batch-size": 4, "model.embedding-dim": 4}, {})
+    trainers = {w: build_trainer(config, problem, "student", share=(0, w)) for w in (1, 3)}
+    before = parameters(trainers[1])
+    assert_equal_bits(before, parameters(trainers[3]))
+    for trainer in trainers.values():
+        trainer.train_epoch(0, steps=[trainer.stream.step(0, 0)])
+    moved = {w: {name: value - before[name] for name, value in parameters(trainer).items()} for w, trainer in trainers.items()}
+    assert len(trainers[1].backbone.epoch_parameters) == 3 * 3 + 1
+    for name, one in moved[1].items():
+        factor = 1 if name in trainers[1].backbone.epoch_parameters else 3
+        assert one.any(), name
+        torch.testing.assert_close(moved[3][name], factor * one, rtol=1e-3, atol=1e-6)
 
 
 def test_a_worker_without_a_step_trains_nothing(make_trainer):
