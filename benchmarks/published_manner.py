@@ -25,7 +25,6 @@ from ckd_fed.data.locate import open_dataset
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.training.build import build_fit, build_trainer
-from ckd_fed.training.central import select
 
 
 def main() -> None:
@@ -44,11 +43,11 @@ def main() -> None:
     teachers = {}
     for m in dataset.modalities:
         fit = build_fit(
-            resolve(config.flat(), {"training.epochs": arguments.teacher_epochs}), build_trainer(config, select(dataset, (m,)), f"teacher/{m}")
+            resolve(config.flat(), {"training.epochs": arguments.teacher_epochs}), build_trainer(config, dataset.of_modalities((m,)), f"teacher/{m}")
         )
         fit.advance()
         fit.trainer.restore(fit.best)
-        teachers[m] = fit.trainer.soft_scores()
+        teachers[m] = fit.trainer.joint_tables()
         print(f"teacher {m}: best epoch {fit.stopping.best_epoch}, validation Recall@20 {fit.stopping.best:.4f}", flush=True)
 
     ours, published = (build_trainer(config, dataset, "student", distilled=True) for _ in range(2))

@@ -43,7 +43,6 @@ from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.evaluation.calibration import calibration_views, combine, view_name
 from ckd_fed.evaluation.per_user import rank_users
 from ckd_fed.training.build import build_fit, build_trainer
-from ckd_fed.training.central import select
 from ckd_fed.training.fit import Fit, Sheets
 from ckd_fed.training.fit_state import fit_state, restore_fit
 from ckd_fed.training.trainer import METRIC, Trainer, Values
@@ -108,7 +107,7 @@ class Study:
             model = self._named(f"teacher/{m}")
             path = cached(self.cache, self.key, model, "safetensors")
             if not path.is_file():
-                tables = self._train(model, self.config, select(self.dataset, (m,)), {})
+                tables = self._train(model, self.config, self.dataset.of_modalities((m,)), {})
                 save_checkpoint(path, {"users": tables.users.cpu().numpy(), "items": tables.items.cpu().numpy()}, {})
             arrays, _ = load_checkpoint(path)
             found[m] = Embeddings(torch.from_numpy(arrays["users"]), torch.from_numpy(arrays["items"]))
@@ -155,7 +154,7 @@ class Study:
         print(f"{' '.join(map(str, self.key.values()))} {model}: best epoch {row['best_epoch']}, ", end="")
         print(f"test Recall@20 {metrics.compute()['recall@20']:.4f}, {row['seconds']} s", flush=True)
         cached(self.cache, self.key, model, STATE).unlink(missing_ok=True)
-        return fit.trainer.soft_scores()
+        return fit.trainer.joint_tables()
 
     def _advance(self, model: str, fit: Fit, sheets: Callable[[Sequence[StepTriples]], Sheets] | None) -> tuple[Values, float]:
         """Train to the end, from the last validation of a call that was cut off; returns the best epoch's row and the seconds of all calls."""
@@ -180,7 +179,7 @@ class Study:
 
     def _keep_users(self, model: str, trainer: Trainer, chosen: Mapping[str, float]) -> None:
         """Write every test user's metric, of the joint ranking and of a student's calibrated one."""
-        ranked = {"joint": trainer.soft_scores()}
+        ranked = {"joint": trainer.joint_tables()}
         if chosen:
             tables = trainer.embeddings(calibration_views(trainer.backbone))
             weights = {view: chosen.get(f"readout/weight/{view_name(trainer.backbone, view)}", 0.0) for view in tables}

@@ -38,7 +38,7 @@ WIDTHS = {"image": 128, "text": 64}
 COLUMNS = {
     "build, s": "{build_s:.1f}",
     "once an epoch, s": "{once_s:.2f}",
-    "step, ms (first hundred)": "{step_ms:.0f} ({first_ms:.0f})",
+    "step, ms, after step 100 (steps 1 to 100)": "{step_ms:.0f} ({first_ms:.0f})",
     "epoch, min": "{epoch_min:.1f}",
     "million triples/s": "{million_triples_per_s:.1f}",
     "evaluation, min": "{evaluation_min:.1f}",

@@ -8,7 +8,7 @@ For every case both sides start from the same parameters; their losses on the sa
 which must be under 1e-5; under 1e-3 with ``--features bfloat16``, which ours alone has then), then steps are timed in turns, sampling and
 the teachers' margins included, and the median round counts.
 ``naive.py`` is the published manner. The rows of an epoch and of the whole recipe (a teacher a modality, the plain and the distilled student,
-``--epochs`` each, validated as configured) are reckoned from the steps and evaluations above them. With ``--memory`` each side of each case
+``--epochs`` each, validated as configured) are estimated from the steps and evaluations above them. With ``--memory`` each side of each case
 also runs in a process of its own, whose peak resident memory is printed (Linux). ``--profile`` prints where our distillation steps spend
 their time.
 """
@@ -42,7 +42,6 @@ from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.distillation.objective import PlainObjective
 from ckd_fed.training.batches import batches
 from ckd_fed.training.build import build_trainer
-from ckd_fed.training.central import select
 from ckd_fed.training.trainer import Trainer
 
 FLOAT32 = np.dtype(np.float32)
@@ -79,7 +78,7 @@ class Case:
     def build(self, side: str = "both") -> None:
         """Models, teachers and optimisers; of one side, ``ours`` or ``naive``, where its memory is measured."""
         config = resolve(self.config.flat(), {"backbone": self.backbone, "training.device": "cpu"})
-        of_role = select(self.dataset, (self.modality,)) if self.role == "teacher" else self.dataset
+        of_role = self.dataset.of_modalities((self.modality,)) if self.role == "teacher" else self.dataset
         exact = resolve(config.flat(), {"training.feature-dtype": "float32"})
         self.ours = build_trainer(exact if side == "naive" else config, of_role, self.role, distilled=self.role == "distilled")
         self.theirs = self.ours
@@ -92,8 +91,8 @@ class Case:
         self.teachers: dict[str, Embeddings | naive.Model] = {}
         if self.role == "distilled":
             for m in self.dataset.modalities:
-                trainer = build_trainer(exact, select(self.dataset, (m,)), f"teacher/{m}")
-                self.tables[m] = trainer.soft_scores()
+                trainer = build_trainer(exact, self.dataset.of_modalities((m,)), f"teacher/{m}")
+                self.tables[m] = trainer.joint_tables()
                 # As published: a graph teacher is passed over the catalogue in every step; VBPR's tables are looked up.
                 self.teachers[m] = trainer.backbone if self.adjacency is not None else self.tables[m]  # type: ignore[assignment]
         if side != "ours":
@@ -181,7 +180,12 @@ def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, float, fl
     return rows
 
 
-def reckoned(case: Case, seconds: dict[str, tuple[float, float]], epochs: int) -> list[tuple[str, float, float]]:
+def cells(slow: float, fast: float) -> str:
+    """Two times in seconds as cells of the table, whose unit is the millisecond; in minutes where both are long."""
+    return f"{slow / 60:.1f} min | {fast / 60:.1f} min" if fast >= 60 else f"{1000 * slow:.1f} | {1000 * fast:.1f}"
+
+
+def estimated(case: Case, seconds: dict[str, tuple[float, float]], epochs: int) -> list[tuple[str, float, float]]:
     """Rows of a distillation epoch and of the whole recipe, from the seconds of both sides for each step and evaluation."""
     steps = case.ours.stream.steps_per_epoch
     validations = epochs // case.config.training.validate_every
@@ -194,8 +198,8 @@ def reckoned(case: Case, seconds: dict[str, tuple[float, float]], epochs: int) -
         whole = [total + times * one for total, one in zip(whole, sides, strict=True)]
     distilled = seconds["distilled step"]
     return [
-        (f"distilled epoch of {steps} steps, reckoned", steps * distilled[0], steps * distilled[1]),
-        (f"whole recipe of {epochs} epochs each, reckoned", whole[0], whole[1]),
+        (f"distilled epoch of {steps} steps, estimated", steps * distilled[0], steps * distilled[1]),
+        (f"whole recipe of {epochs} epochs each, estimated", whole[0], whole[1]),
     ]
 
 
@@ -279,7 +283,7 @@ def main() -> None:
     def show(name: str, slow: float, fast: float, difference: float | None = None, memory: str = "") -> None:
         rows.append({"case": name, "published_ms": 1000 * slow, "ours_ms": 1000 * fast, "difference": difference, "memory": memory})
         same = "" if difference is None else f"{difference:.1e}"
-        print(f"| {name} | {1000 * slow:.1f} | {1000 * fast:.1f} | {slow / fast:.1f} | {same} | {memory} |", flush=True)
+        print(f"| {name} | {cells(slow, fast)} | {slow / fast:.1f} | {same} | {memory} |", flush=True)
 
     notes = []
     for backbone in arguments.backbones:
@@ -301,7 +305,7 @@ def main() -> None:
                     seconds[row[0]] = row[1:3]
                     show(f"{backbone} {row[0]}", *row[1:])
                 if set(arguments.roles) == set(ROLES):
-                    for whole in reckoned(case, seconds, arguments.epochs):
+                    for whole in estimated(case, seconds, arguments.epochs):
                         show(f"{backbone} {whole[0]}", *whole[1:])
                 if backbone == "vbpr":
                     notes.append(f"Two dense products over the whole catalogue: {1000 * catalogue_products(case):.1f} ms.")

@@ -30,7 +30,6 @@ from ckd_fed.data.standin import DEFAULT_SEED, generate_standin
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.training.build import build_fit, build_trainer
-from ckd_fed.training.central import select
 from ckd_fed.training.fit import Fit, Sheets
 from ckd_fed.training.trainer import Values
 
@@ -77,9 +76,9 @@ def main() -> int:
 def run(config: Config, dataset: Dataset) -> Values:
     """One seed's row of the table: test metrics, mean weights over the training and at its best epoch, seconds."""
     row: Values = {}
-    fits = {m: train(config, select(dataset, [m]), f"teacher/{m}", m, row) for m in (WEAK, STRONG)}
+    fits = {m: train(config, dataset.of_modalities([m]), f"teacher/{m}", m, row) for m in (WEAK, STRONG)}
     train(config, dataset, "plain", "plain", row)
-    teachers = {m: fit.trainer.soft_scores() for m, fit in fits.items()}
+    teachers = {m: fit.trainer.joint_tables() for m, fit in fits.items()}
 
     def sheets(steps: Sequence[StepTriples]) -> Sheets:
         return {m: margin_sheet(teacher, steps, DTYPES[config.distillation.margin_dtype]) for m, teacher in teachers.items()}

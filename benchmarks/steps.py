@@ -28,7 +28,6 @@ from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import open_dataset
 from ckd_fed.distillation.margins import margin_sheet
 from ckd_fed.training.build import build_trainer
-from ckd_fed.training.central import select
 from ckd_fed.training.trainer import Trainer
 
 TIKTOK = (9_308, 6_710, 59_541, {"image": 128, "audio": 128})
@@ -50,7 +49,7 @@ class Runner:
         config = resolve({"backbone": backbone, "training.threads": threads, "training.device": "cpu", "distillation.rho": 1.0}, {})
         self.trainer: Trainer = build_trainer(config, dataset, "student" if distilled else "plain", distilled=distilled)
         roles = dataset.modalities if distilled else ()
-        self.tables = {m: build_trainer(config, select(dataset, (m,)), f"teacher/{m}").soft_scores() for m in roles}
+        self.tables = {m: build_trainer(config, dataset.of_modalities((m,)), f"teacher/{m}").joint_tables() for m in roles}
 
     def steps(self, n: int) -> None:
         """An epoch of n steps."""

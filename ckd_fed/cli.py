@@ -10,12 +10,15 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckd_fed import __version__
 from ckd_fed.commands import data, delivery, experiments, results, wandb
 from ckd_fed.deploy import commands as deploy
 from ckd_fed.errors import CkdError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ckd_fed.config import Config
 
 # Heavy imports (torch, wandb) happen in the commands that need them, so that --help stays quick.
 
@@ -82,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     app, overrides = Path(arguments.app), parse_overrides(arguments.config)
     declared = flatten(app_config(app))
-    resolve(declared, overrides)  # a wrong key or value is told here and now, not by a ServerApp half a minute later
+    _check_options(resolve(declared, overrides))  # a wrong key or value is told here and now, not by a ServerApp half a minute later
     for key in overrides:
         if key not in declared:  # an option of a backbone of one's own
             shown = key.replace("_", "-")
@@ -101,7 +104,7 @@ def toml_overrides(values: dict[str, Any]) -> str:
     Raises:
         ConfigError: a string with both kinds of quotes, which Flower's command cannot take.
     """
-    return " ".join(f"{key.replace('_', '-')}={_toml(key, value)}" for key, value in values.items())
+    return " ".join(f"{key}={_toml(key, value)}" for key, value in ((key.replace("_", "-"), value) for key, value in values.items()))
 
 
 def _toml(key: str, value: Any) -> str:
@@ -129,12 +132,30 @@ def _config(arguments: argparse.Namespace) -> None:
     from ckd_fed.config import resolve
     from ckd_fed.data.locate import resolve_for_data
 
+    if arguments.keys or arguments.markdown:
+        from ckd_fed.commands.keys import keys_markdown, keys_text
+
+        print(keys_markdown() if arguments.markdown else keys_text(), end="")
+        return
     overrides = parse_overrides(arguments.config)
     try:
         config = resolve_for_data(overrides)
     except DataError:  # the data may be on other machines
         config = resolve(overrides)
+    _check_options(config)
     print(config.to_yaml(), end="")
+
+
+def _check_options(config: Config) -> None:
+    """Check the options of the backbone, except where it is on the nodes only, or for a run to go on with, whose own options count.
+
+    Raises:
+        ConfigError: an unknown or impossible option.
+    """
+    from ckd_fed.backbones.build import check_options, importable
+
+    if not config.resume and importable(config.backbone):
+        check_options(config.backbone, config.model)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -162,6 +183,8 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("files", nargs="+", metavar="FILE")
     verify.set_defaults(action=_verify)
     config = commands.add_parser("config", parents=[override], help="print the resolved configuration")
+    config.add_argument("--keys", action="store_true", help="explain every key instead, with its default and its allowed values")
+    config.add_argument("--markdown", action="store_true", help="with --keys: print docs/configuration.md")
     config.set_defaults(action=_config)
     for family in (data, results, delivery, wandb, deploy):
         family.add_commands(commands)

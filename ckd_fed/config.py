@@ -36,26 +36,41 @@ def is_folder_name(name: object) -> bool:
     return isinstance(name, str) and name != "" and name.isprintable() and not any(mark in name for mark in "/\\") and not name.startswith(".")
 
 
+def _plain(*, default: Scalar, help: str, **rules: Any) -> Any:
+    """A field with what ``ckd-fed config --keys`` says of it; ``allowed`` among the rules is said in place of the type."""
+    return field(default=default, metadata={"help": help, **rules})
+
+
 def _positive(**more: Any) -> Any:
-    return field(metadata={"above": 0}, **more)
+    return _plain(above=0, **more)
 
 
 def _at_least(low: float, **more: Any) -> Any:
-    return field(metadata={"low": low}, **more)
+    return _plain(low=low, **more)
 
 
 def _one_of(*choices: str, **more: Any) -> Any:
-    return field(metadata={"choices": choices}, **more)
+    return _plain(choices=choices, **more)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """``data.*``: where the dataset is and which modalities are used."""
+    """``data.*``: where the dataset is and what is used of it."""
 
-    dir: str = ""  # dataset folder; a node's own data-dir wins; by default <home>/data/<dataset>
-    modalities: str = ""  # comma-separated; by default all that the students have
-    standin: str = _one_of("auto", "always", "never", default="auto")  # auto: where the real set is not there
-    missing: str = ""  # for studies: hide a modality of a share of the items, for example "audio:0.3,text:0.1"
+    dir: str = _plain(
+        default="",
+        allowed="absolute path",
+        help="Folder of the dataset. The `data-dir` of a node takes precedence. Empty: `<home>/data/<dataset>`.",
+    )
+    modalities: str = _plain(default="", allowed="names separated by commas", help="Modalities to use. Empty: all that the students have.")
+    standin: str = _one_of(
+        "auto", "always", "never", default="auto", help="Whether to use the generated stand-in. auto: only where the real dataset is missing."
+    )
+    missing: str = _plain(
+        default="",
+        allowed="`modality:share` pairs separated by commas",
+        help="For studies: hides a modality of a share of the items, for example `audio:0.3,text:0.1`. Shares are from 0 to 1.",
+    )
 
     def __post_init__(self) -> None:
         _ = self.hidden_shares  # raises for a value that cannot be read
@@ -78,106 +93,149 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """``training.*``: the published protocol by default."""
+    """``training.*``: how every model is trained; the defaults are the published protocol."""
 
-    learning_rate: float = _positive(default=5e-4)
-    batch_size: int = _at_least(1, default=1024)  # B
-    epochs: int = _at_least(1, default=1000)  # at most
-    validate_every: int = _at_least(1, default=5)  # epochs; also the length of a distillation round
-    patience: int = _at_least(0, default=10)  # validations without a gain that are tolerated
-    validation_users: int = _at_least(0, default=0)  # that a validation ranks for at most, always the same; 0: all. The test is for all
-    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:N; a node's own device wins
-    feature_dtype: str = _one_of("float32", "bfloat16", default="float32")  # in which features are held and projected; parameters are float32
-    threads: int = _at_least(0, default=0)  # CPU threads of a training process; 0: torch's default, or 1 where the matrices are small
+    learning_rate: float = _positive(default=5e-4, help="Learning rate of Adam.")
+    batch_size: int = _at_least(1, default=1024, help="Number of triples (user, positive item, negative item) in a ranking batch: B.")
+    epochs: int = _at_least(1, default=1000, help="Number of epochs, at most. Early stopping can end training before.")
+    validate_every: int = _at_least(
+        1, default=5, help="Number of epochs from one validation to the next. In a federation a distillation round normally ends with a validation."
+    )
+    patience: int = _at_least(
+        0, default=10, help="Number of validations in a row without a gain in Recall@20 that are tolerated. Training stops at the next one."
+    )
+    validation_users: int = _at_least(
+        0, default=0, help="Number of users that a validation ranks items for, at most; always the same ones. 0: all. The test is always for all."
+    )
+    device: str = _plain(
+        default="auto",
+        allowed="auto, cpu, cuda or cuda:N",
+        help="Where to train. auto: the first GPU, or the CPU where there is none. The `device` of a node takes precedence.",
+    )
+    feature_dtype: str = _one_of(
+        "float32",
+        "bfloat16",
+        default="float32",
+        help="Type in which features are held and projected. Parameters are float32. bfloat16 is for `vbpr`, `mmgcn`, `grcn` and `egogcn`.",
+    )
+    threads: int = _at_least(0, default=0, help="Number of CPU threads of a training process. 0: torch's default, or 1 where the matrices are small.")
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """``distillation.*``: the symbols of the paper, and switches for ablation."""
+    """``distillation.*``: how the student learns from the teachers; symbols are those of the paper."""
 
-    enabled: bool = True  # false: no teachers, the student is a plain one
-    rho: float = _at_least(0, default=0.01)  # weight of distillation as a whole
-    kappa: float = _at_least(0, default=5.0)  # weight of the generic loss
-    temperature: float = _positive(default=0.1)  # t of the generic loss
-    batch_size: int = _at_least(1, default=5000)  # K
-    reweight: bool = True  # counterfactual weights; false: every modality weighs 1
-    specific: bool = True
-    generic: bool = True
-    margin_dtype: str = _one_of("float16", "float32", default="float16")  # of the soft scores
-    margin_bound: float = _positive(default=65504.0)  # larger margins are clipped to it; by default the largest float16
+    enabled: bool = _plain(default=True, help="Whether to distil. false: no teachers are trained, and the student is a plain one.")
+    rho: float = _at_least(0, default=0.01, help="Weight of the distillation losses in the student's loss.")
+    kappa: float = _at_least(0, default=5.0, help="Weight of the generic loss beside the specific loss.")
+    temperature: float = _positive(default=0.1, help="Temperature t of the generic loss.")
+    batch_size: int = _at_least(1, default=5000, help="Number of random item pairs in a distillation batch: K.")
+    reweight: bool = _plain(default=True, help="Whether modalities are weighted by their causal effects. false: each has the weight 1.")
+    specific: bool = _plain(default=True, help="Whether to use the specific loss (on the ranking batch).")
+    generic: bool = _plain(default=True, help="Whether to use the generic loss (on the distillation batch).")
+    margin_dtype: str = _one_of("float16", "float32", default="float16", help="Type in which teachers send their score margins.")
+    margin_bound: float = _positive(
+        default=65504.0, help="Largest absolute value of a margin that is sent; larger ones are clipped. The default is the largest float16."
+    )
 
 
 @dataclass(frozen=True)
 class BalancingConfig:
-    """``balancing.*``: published ways of balancing without teachers, for the plain student (:mod:`ckd_fed.training.balancing`)."""
+    """``balancing.*``: published ways to balance the modalities of a plain student without teachers."""
 
-    method: str = _one_of("none", "gradient-modulation", "modality-dropout", default="none")
-    alpha: float = _at_least(0, default=0.5)  # of gradient modulation
-    noise: bool = True  # of gradient modulation (GE)
-    rate: float = field(default=0.3, metadata={"low": 0, "below": 1})  # of modality dropout: probability of a modality's absence
+    method: str = _one_of(
+        "none",
+        "gradient-modulation",
+        "modality-dropout",
+        default="none",
+        help="gradient-modulation (OGM-GE) slows down the modality that is ahead. modality-dropout leaves out modalities at random.",
+    )
+    alpha: float = _at_least(0, default=0.5, help="Strength of gradient modulation.")
+    noise: bool = _plain(default=True, help="Whether gradient modulation adds noise to the gradients (GE).")
+    rate: float = _plain(default=0.3, low=0, below=1, help="Probability that modality dropout leaves out a modality of a sample.")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """``evaluation.*``."""
+    """``evaluation.*``: what is measured."""
 
-    ks: str = "10,20"  # cut-offs, comma-separated; 20 must be among them, early stopping uses Recall@20
-    calibrate: bool = False  # at the end, also rank by the sum of a student's views under weights fitted on validation
-    user_table: bool = True  # keep every test user's metrics, which `ckd-fed compare` pairs; in a federation nodes send them to the server
+    ks: str = _plain(
+        default="10,20",
+        allowed="whole numbers separated by commas",
+        help="Cut-offs k of the metrics. 20 must be among them, because early stopping uses Recall@20.",
+    )
+    calibrate: bool = _plain(
+        default=False, help="Whether to also rank, at the end, by a weighted sum of the student's views. The weights are fitted on validation data."
+    )
+    user_table: bool = _plain(
+        default=True,
+        help="Whether to keep the metrics of every test user, which `ckd-fed compare` needs. In a federation the nodes send them to the server.",
+    )
 
 
 @dataclass(frozen=True)
 class FederationConfig:
-    """``federation.*``: enrolment and rounds; the central loop ignores it."""
+    """``federation.*``: nodes, rounds and waiting times; ``ckd-fed train`` ignores them."""
 
-    student_workers: int = _at_least(1, default=1)  # students at most; further nodes stay spare
-    rate_scale: float = _at_least(0, default=0.0)  # of several students' training.learning-rate; 0: by their number, 1: not at all
-    teacher_epochs: int = _at_least(1, default=50)  # epochs of a teacher round, rounded up to whole validations
-    messaging_share: float = _at_least(0, default=0.1)  # of rounds' time: a lone student's grow until it is so, several are told; 1: never
-    stretch_mb: float = _positive(default=64.0)  # margins of a round that a teacher sends a modality, in MB at most (an epoch at least)
-    enrol_timeout: float = _positive(default=120.0)  # seconds to wait for the nodes needed
-    reply_timeout: float = _positive(default=3600.0)  # seconds to wait for a round's replies
-    retry_limit: int = _at_least(0, default=3)  # times that a failed request is sent again
-    retry_pause: float = _positive(default=5.0)  # seconds before the first of them; doubled each time
-    node_timeout: float = _positive(default=600.0)  # seconds to wait for a node that is gone to come back
-    on_lost_teacher: str = _one_of("wait", "drop", "fail", default="fail")  # beyond these limits
+    student_workers: int = _at_least(1, default=1, help="Number of nodes that train the student together, at most. Further nodes stay spare.")
+    rate_scale: float = _at_least(
+        0, default=0.0, help="Factor of `training.learning-rate` where several nodes train the student. 0: their number. 1: the rate stays as it is."
+    )
+    teacher_epochs: int = _at_least(1, default=50, help="Number of epochs of a teacher round, rounded up to a multiple of `training.validate-every`.")
+    messaging_share: float = _at_least(
+        0,
+        default=0.1,
+        help="Share of the rounds' time that messages may take. With one student node the rounds grow until they keep to it; with several, "
+        "the log says which length would. 1: the rounds stay short.",
+    )
+    stretch_mb: float = _positive(
+        default=64.0,
+        help="Size in MB of a modality's margins that a teacher sends in a round, at most. One epoch is sent in any case, however large.",
+    )
+    enrol_timeout: float = _positive(default=120.0, help="Seconds to wait at the start for the nodes that are needed.")
+    reply_timeout: float = _positive(default=3600.0, help="Seconds to wait for the reply to a request.")
+    retry_limit: int = _at_least(0, default=3, help="Number of times that a failed request is sent again.")
+    retry_pause: float = _positive(default=5.0, help="Seconds before a failed request is sent again. Each further pause is twice as long.")
+    node_timeout: float = _positive(default=600.0, help="Seconds to wait for a lost node to come back.")
+    on_lost_teacher: str = _one_of(
+        "wait",
+        "drop",
+        "fail",
+        default="fail",
+        help="What happens when a teacher is lost, after all repetitions and waiting. wait: the run waits on. drop: it goes on with the other "
+        "teachers. fail: it ends, and can be resumed.",
+    )
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """``tracking.*``."""
+    """``tracking.*``: Weights & Biases and the report."""
 
-    wandb: str = _one_of("auto", "online", "offline", "off", default="auto")  # auto: online with a key, else offline
-    project: str = "ckd_fed"
-    group: str = ""
-    tags: str = ""  # comma-separated
-    report: bool = True  # write report/report.html at the end
+    wandb: str = _one_of(
+        "auto", "online", "offline", "off", default="auto", help="How Weights & Biases is used. auto: online where there is an API key, else offline."
+    )
+    project: str = _plain(default="ckd_fed", help="Project in Weights & Biases.")
+    group: str = _plain(default="", help="Group in Weights & Biases. Empty: `<dataset>-<backbone>`.")
+    tags: str = _plain(default="", allowed="words separated by commas", help="Tags in Weights & Biases, beside dataset, backbone and recipe.")
+    report: bool = _plain(default=True, help="Whether to write `report/report.html` at the end.")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run's configuration, complete and checked.
+    """A run's configuration, complete and checked; ``model`` holds the backbone's options (``model.*``), named as its constructor has them."""
 
-    Attributes:
-        dataset: name of the dataset.
-        backbone: name of the backbone, or ``module:Class`` for one of one's own.
-        seed: decides triples and initialisation.
-        plain: also train the plain student, to compare.
-        recipe: name of a file in configs/recipes.
-        name: of the run; by default made of dataset, backbone and the time.
-        resume: name of a run to go on with; its own configuration counts then.
-        home: where data, runs and workspaces live; by default $CKD_FED_HOME or ~/.ckd_fed. Real nodes have their own.
-        model: the backbone's options (``model.*``).
-    """
-
-    dataset: str = "baby"
-    backbone: str = "vbpr"
-    seed: int = _at_least(0, default=123)
-    plain: bool = False
-    recipe: str = ""
-    name: str = ""
-    resume: str = ""
-    home: str = ""
+    dataset: str = _plain(default="baby", allowed="name of a folder", help="Name of the dataset.")
+    backbone: str = _plain(default="vbpr", allowed="name, or `module:Class`", help="Name of the backbone, or `module:Class` for one of your own.")
+    seed: int = _at_least(0, default=123, help="Decides the training triples and the initial parameters.")
+    plain: bool = _plain(default=False, help="Whether to also train the plain student (without teachers), to compare with.")
+    recipe: str = _plain(default="", allowed="name of a recipe", help="File in `configs/recipes`: an ablation such as `no-specific`, or a baseline.")
+    name: str = _plain(default="", allowed="name of a folder", help="Name of the run. Empty: made of dataset, backbone and time.")
+    resume: str = _plain(default="", allowed="name of a run", help="Run to go on with. The run's own configuration counts then.")
+    home: str = _plain(
+        default="",
+        allowed="absolute path",
+        help="Folder of data, runs and workspaces. Empty: `$CKD_FED_HOME`, or `~/.ckd_fed` where that is not set. Real nodes have their own.",
+    )
     data: DataConfig = field(default_factory=DataConfig)
     model: Mapping[str, Scalar] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -227,7 +285,7 @@ class Config:
 
     def flat(self) -> dict[str, Scalar]:
         """Every key with its value, dotted and hyphenated: what :func:`restore` takes back."""
-        return {key.replace("_", "-") if not key.startswith("model.") else key: value for key, value in _walk(self, "")}
+        return {key.replace("_", "-"): value for key, value in _walk(self, "")}
 
     def to_yaml(self) -> str:
         """As written into a run's directory."""
@@ -236,6 +294,53 @@ class Config:
             section, _, name = key.rpartition(".")
             (tree.setdefault(section, {}) if section else tree)[name] = value
         return yaml.safe_dump(tree, sort_keys=False)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What ``ckd-fed config --keys`` says of a key.
+
+    Attributes:
+        name: dotted and hyphenated.
+        default: its value where nothing sets it.
+        allowed: type, range or choices, in words.
+        help: what it means.
+    """
+
+    name: str
+    default: Scalar
+    allowed: str
+    help: str
+
+
+def described_sections() -> dict[str, list[Key]]:
+    """Heading of a section -> its keys, for all but ``model.*``; headings and meanings have names in backticks."""
+    found = {"What is run": _described(Config, "")}
+    for name, owner in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(owner) and isinstance(owner, type):
+            found[(owner.__doc__ or name).replace("``", "`").rstrip(".")] = _described(owner, f"{name}.")
+    return found
+
+
+def _described(owner: type, prefix: str) -> list[Key]:
+    hints = get_type_hints(owner)
+    return [
+        Key((prefix + item.name).replace("_", "-"), getattr(owner, item.name), in_words(hints[item.name], item.metadata), item.metadata["help"])
+        for item in fields(owner)
+        if "help" in item.metadata
+    ]
+
+
+def in_words(kind: type, rules: Mapping[str, Any]) -> str:
+    """The values that a key of some type may have, for example ``whole number, at least 1``."""
+    if "allowed" in rules:
+        return str(rules["allowed"])
+    if "choices" in rules:
+        *first, last = rules["choices"]
+        return f"{', '.join(first)} or {last}"
+    noun = {bool: "true or false", int: "whole number", float: "number"}.get(kind, "text")
+    limits = {"low": "at least", "above": "above", "below": "below"}
+    return ", ".join([noun, *(f"{word} {rules[rule]}" for rule, word in limits.items() if rule in rules)])
 
 
 def _check_device(device: str) -> None:
@@ -356,7 +461,7 @@ def _build(values: Mapping[str, Any]) -> Config:
         section, _, name = key.rpartition(".")
         if section == "model":
             if not isinstance(value, (bool, int, float, str)):
-                raise ConfigError(f"model.{name} is {value!r}; a number, a string or true/false is needed")
+                raise ConfigError(f"{key.replace('_', '-')} is {value!r}; a number, a string or true/false is needed")
             sections.setdefault("model", {})[name] = value
             continue
         owner = hints.get(section) if section else Config

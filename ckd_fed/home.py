@@ -23,11 +23,44 @@ def home(config: Config, node_config: Mapping[str, object] | None = None) -> Pat
     server's, and would let it choose where a teacher looks up what it gave away so far.
     """
     foreign = node_config is not None and "partition-id" not in node_config
-    given = str((node_config or {}).get("home", "")) or ("" if foreign else config.home) or os.environ.get("CKD_FED_HOME", "")
-    path = Path(given).expanduser() if given else Path.home() / ".ckd_fed"
+    given = str((node_config or {}).get("home", "")) or ("" if foreign else config.home) or os.environ.get("CKD_FED_HOME", "") or "~/.ckd_fed"
+    path = expanded(given, "home")
     if not path.is_absolute():
         raise ConfigError(f"home is {given!r}; an absolute path is needed, because Flower starts the apps in folders of its own")
+    check_folder(path, "home")
     return path
+
+
+def expanded(text: str, what: str) -> Path:
+    """A path as a user gives it, with ``~`` and ``~name`` for the folder of a user.
+
+    Args:
+        text: the path.
+        what: the option or key that it is the value of.
+
+    Raises:
+        ConfigError: it is empty, or there is no such user.
+    """
+    if not text:
+        raise ConfigError(f"{what} is ''; the path of a file or folder is needed (a full stop is the current folder)")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        user = text.partition("/")[0]
+        raise ConfigError(
+            f"{what} is {text!r}, and this machine knows no folder for {user}; write it out, or ./{user} for what is called so"
+        ) from None
+
+
+def check_folder(path: Path, what: str) -> None:
+    """See that a path is a folder or can become one.
+
+    Raises:
+        ConfigError: a file is in its place, or in that of a folder above it.
+    """
+    nearest = next((place for place in (path, *path.parents) if os.path.lexists(place)), path.parent)
+    if not nearest.is_dir():
+        raise ConfigError(f"{what} is {str(path)!r}, but {nearest} is no folder; a folder is needed, one that is there or one to be made")
 
 
 def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:

@@ -58,7 +58,7 @@ def fit(request: Request, node: Node) -> Answer:
 def test(request: Request, node: Node) -> Answer:
     """Test the best of a teacher (or of the plain student, read out as the configuration says)."""
     model = best_of(request, node)
-    width = int(model.trainer.soft_scores().users.shape[1])
+    width = int(model.trainer.joint_tables().users.shape[1])
     tested = _test(request, model.trainer, request.stamp.role, (0, 1))
     values, arrays = _by_user(request, tested)
     return {"width": width, "n-users": tested.metrics.n_users, **values}, {**tested.metrics.compute(), **tested.chosen}, arrays
@@ -79,7 +79,7 @@ def score(request: Request, node: Node) -> Answer:
         "epochs": config.training.epochs,
     }
     ledger = node.ledger(run, role)
-    teacher, dtype, bound = model.trainer.soft_scores(), margin_dtype(config), config.distillation.margin_bound
+    teacher, dtype, bound = model.trainer.joint_tables(), margin_dtype(config), config.distillation.margin_bound
     by = _answering(model, dtype, bound)
     new = ledger.admit(agreement, first, epochs, per_epoch, by)
     (modality,) = model.trainer.dataset.modalities

@@ -28,8 +28,8 @@ def test_speed(tmp_path):
         assert joint["difference"] < 1e-6  # Recall@20 by either way of ranking
         for side in ("published_ms", "ours_ms"):  # 12 steps an epoch, 20 validations in 100 of them
             trained, validated = 1200 * sum(row[side] for row in steps.values()), 40 * (joint[side] + views[side])
-            assert rows[f"{backbone} whole recipe of 100 epochs each, reckoned"][side] == pytest.approx(trained + validated)
-            assert rows[f"{backbone} distilled epoch of 12 steps, reckoned"][side] == pytest.approx(12 * steps["distilled"][side])
+            assert rows[f"{backbone} whole recipe of 100 epochs each, estimated"][side] == pytest.approx(trained + validated)
+            assert rows[f"{backbone} distilled epoch of 12 steps, estimated"][side] == pytest.approx(12 * steps["distilled"][side])
     assert all(f"| {case} |" in printed for case in rows)
 
 

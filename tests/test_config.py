@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ckd_fed import config as module
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.cli import parse_overrides, toml_overrides
-from ckd_fed.config import Config, configs_directory, flatten, read_recipe, resolve, restore
+from ckd_fed.config import Config, configs_directory, described_sections, flatten, in_words, read_recipe, resolve, restore
 from ckd_fed.errors import ConfigError
 
 REAL = configs_directory()
@@ -172,12 +172,12 @@ def test_unknown_keys(refuses, key, mentions):
         ("federation.student-workers", 0, ["at least 1"]),
         ("federation.reply-timeout", 0, ["greater than 0"]),
         ("tracking.wandb", "on", ["'on'", "online", "offline", "off"]),
-        ("model.embedding-dim", [1], ["embedding_dim", "[1]"]),
-        ("model.embedding-dim", None, ["embedding_dim", "None"]),
+        ("model.embedding-dim", [1], ["[1]"]),
+        ("model.embedding_dim", None, ["None"]),
     ],
 )
 def test_impossible_values_name_key_and_value(refuses, key, value, mentions):
-    refuses(ConfigError, lambda: resolve({key: value}), key.replace("model.", "").replace("-", "_") if "model" in key else key, *mentions)
+    refuses(ConfigError, lambda: resolve({key: value}), key.replace("_", "-"), *mentions)
 
 
 def test_distillation_without_a_loss_is_refused(refuses):
@@ -236,9 +236,40 @@ def test_a_config_cannot_be_changed():
 def test_flat_has_every_key_hyphenated():
     flat = resolve({"model.embedding-dim": 8}).flat()
     assert flat["training.learning-rate"] == 5e-4
-    assert flat["model.embedding_dim"] == 8
-    assert all("_" not in key for key in flat if not key.startswith("model."))
+    assert flat["model.embedding-dim"] == 8
+    assert all("_" not in key for key in flat)
     assert {"seed", "data.dir", "distillation.margin-dtype", "evaluation.ks", "federation.enrol-timeout", "tracking.tags"} <= set(flat)
+
+
+def test_a_run_written_with_underscores_comes_back():
+    """Older runs have a backbone's options so in their ``config.yaml``."""
+    stored = resolve({"model.embedding-dim": 8, "model.l2": 0.5}).to_yaml().replace("embedding-dim:", "embedding_dim:")
+    assert "  embedding_dim: 8\n" in stored
+    assert restore(yaml.safe_load(stored)).model == {"embedding_dim": 8, "l2": 0.5}
+
+
+def test_every_key_is_described():
+    described = [key for keys in described_sections().values() for key in keys]
+    assert {key.name: key.default for key in described} == Config().flat()
+    for key in described:
+        assert key.help.endswith("."), key.name
+        assert key.allowed, key.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules", "words"),
+    [
+        (bool, {}, "true or false"),
+        (int, {"low": 1}, "whole number, at least 1"),
+        (float, {"above": 0}, "number, above 0"),
+        (float, {"low": 0, "below": 1}, "number, at least 0, below 1"),
+        (str, {}, "text"),
+        (str, {"choices": ("a", "b", "c")}, "a, b or c"),
+        (str, {"allowed": "absolute path"}, "absolute path"),
+    ],
+)
+def test_allowed_values_in_words(kind, rules, words):
+    assert in_words(kind, rules) == words
 
 
 TEXT = st.text("abc xyz-_:#'\"é,1.", min_size=1, max_size=8)
@@ -334,7 +365,7 @@ def test_a_string_reaches_flower_as_it_was_given(value):
 
 
 def test_a_string_with_both_kinds_of_quotes_cannot_be_given_to_flower(refuses):
-    refuses(ConfigError, lambda: toml_overrides({"name": "a'b\"c"}), "name is", "both kinds of quotes")
+    refuses(ConfigError, lambda: toml_overrides({"model.weight_mode": "a'b\"c"}), "model.weight-mode is", "both kinds of quotes")
 
 
 def test_of_several_overrides_the_last_wins_key_by_key(tmp_path):

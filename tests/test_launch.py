@@ -243,7 +243,8 @@ def test_a_folder_without_an_app_is_named(tmp_path, refuses):
 
 def test_a_key_that_the_app_does_not_name_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
     """An option of a backbone of one's own: Flower would refuse it without saying what to do."""
-    (tmp_path / "pyproject.toml").write_text('[tool.flwr.app.config]\ndataset = "baby"\n[tool.flwr.app.config.model]\nlayers = ""\n')
+    declared = '[tool.flwr.app.config]\ndataset = "baby"\nbackbone = "on_the_nodes_only:Model"\n[tool.flwr.app.config.model]\nlayers = ""\n'
+    (tmp_path / "pyproject.toml").write_text(declared)
     started = []
     monkeypatch.setattr("ckd_fed.launch.flower_run", lambda *arguments: started.append(arguments))
     with pytest.raises(SystemExit):

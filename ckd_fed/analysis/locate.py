@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from ckd_fed.config import Config
 from ckd_fed.errors import DataError, unknown
+from ckd_fed.home import check_folder, expanded, home
 
 RECORD = "metrics.jsonl"
 
 
 def runs_directory() -> Path:
-    """Where runs are looked for by name: ``runs/`` in $CKD_FED_HOME, else in ~/.ckd_fed."""
-    return Path(os.environ.get("CKD_FED_HOME", "") or Path.home() / ".ckd_fed").expanduser() / "runs"
+    """Where runs are looked for by name: ``runs/`` in $CKD_FED_HOME, else in ~/.ckd_fed.
+
+    Raises:
+        ConfigError: that is no absolute path, or no folder.
+    """
+    return home(Config()) / "runs"
+
+
+@contextmanager
+def home_given(text: str) -> Iterator[None]:
+    """Within it, the value of ``--home`` counts for $CKD_FED_HOME: for runs by name, and for the data of a run that names no home.
+
+    Args:
+        text: a folder, also a relative one; empty leaves all as it is.
+
+    Raises:
+        ConfigError: it can be no folder.
+    """
+    if not text:
+        yield
+        return
+    path = expanded(text, "--home").absolute()
+    check_folder(path, "--home")
+    before = os.environ.get("CKD_FED_HOME")
+    os.environ["CKD_FED_HOME"] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CKD_FED_HOME"]
+        else:
+            os.environ["CKD_FED_HOME"] = before
 
 
 def list_runs(root: Path) -> list[Path]:
     """Folders below ``root`` that hold a run, the most recently written last."""
-    return sorted((path.parent for path in root.glob(f"*/{RECORD}")), key=lambda path: (path / RECORD).stat().st_mtime)
+    records = [path for path in root.glob(f"*/{RECORD}") if path.is_file()]
+    return [path.parent for path in sorted(records, key=lambda path: path.stat().st_mtime)]
 
 
 def find_run(name: str) -> Path:
@@ -28,10 +63,12 @@ def find_run(name: str) -> Path:
 
     Raises:
         DataError: there is none; the message lists the latest runs.
+        ConfigError: the name is empty, or begins with a user that there is none of.
     """
-    for path in (runs_directory() / name, Path(name).expanduser()):
-        if (path / RECORD).is_file():
-            return path.resolve()
+    named = runs_directory() / name
+    path = named if name and (named / RECORD).is_file() else expanded(name, "RUN")  # a run may be called ~x
+    if (path / RECORD).is_file():
+        return path.resolve()
     latest = [path.name for path in list_runs(runs_directory())[-8:]]
     known = latest or [f"none in {runs_directory()}; name a run's folder, or set CKD_FED_HOME"]
     raise DataError(unknown("run", name, known))

@@ -46,11 +46,11 @@ class BM3(Backbone):
 
     Args:
         train, features, present: see :class:`~ckd_fed.backbones.base.Backbone`; the training interactions are the graph.
-        l2: lambda.
+        l2: weight lambda of the term ``l2``.
         embedding_dim: width d of all embeddings.
-        n_layers: L.
-        dropout: p of the targets; kept entries are scaled by 1 / (1 - p).
-        contrastive_weight: gamma.
+        n_layers: layers L of LightGCN.
+        dropout: probability p, below 1, that an entry of a target is dropped; kept ones are scaled by 1 / (1 - p).
+        contrastive_weight: weight gamma of the alignment with features.
 
     Shapes:
         embeddings ``(n, embedding_dim)``, after the predictor.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
-from inspect import Parameter, signature
+from inspect import Parameter, cleandoc, signature
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from ckd_fed.backbones import backbone_target
 from ckd_fed.backbones.base import Backbone
+from ckd_fed.config import Key, in_words, resolve
 from ckd_fed.data.dataset import check_modality
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, unknown
@@ -35,6 +37,49 @@ def backbone_class(name: str) -> type[Backbone]:
     return found
 
 
+def importable(name: str) -> bool:
+    """Whether the module of a backbone can be imported on this machine; one of one's own may be on the nodes only.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    module, _, _ = backbone_target(name).partition(":")
+    try:
+        import_module(module)
+    except Exception:  # a module of one's own may raise anything
+        return False
+    return True
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Check a backbone's options as far as that goes without building it: names, types and signs.
+
+    Args:
+        name: of the backbone.
+        options: its own options, hyphenated or with underscores.
+
+    Raises:
+        ConfigError: unknown backbone or option, or a value that the option cannot have; the message names the key and the choices.
+    """
+    known = _options(name)
+    for option, value in options.items():
+        parameter = known.get(option.replace("-", "_"))
+        if parameter is None:
+            raise ConfigError(unknown(f"option of backbone {name}", option.replace("_", "-"), (one.replace("_", "-") for one in known)))
+        _check_option(f"model.{option.replace('_', '-')}", value, type(parameter.default))
+
+
+def described_options(name: str) -> list[Key]:
+    """The options of a backbone that comes with this package; defaults are those of a run, with ``configs/backbones/<name>.yaml``."""
+    configured, lows = resolve({"backbone": name}).model, {int: 1, float: 0}
+    found = []
+    for option, parameter in _options(name).items():
+        kind = type(parameter.default)
+        allowed = in_words(kind, {"low": lows[kind]} if kind in lows else {})
+        found.append(Key(f"model.{option.replace('_', '-')}", configured.get(option, parameter.default), allowed, _meaning(name, option)))
+    return found
+
+
 def build_backbone(
     name: str,
     train: Interactions,
@@ -53,8 +98,9 @@ def build_backbone(
         name: of the backbone.
         train: training interactions.
         features: modality -> ``(n_items, dimension)``; one modality makes a teacher. Read-only arrays are used in place, others copied.
-        options: the backbone's own options, for example ``embedding_dim``.
-        masks: modality -> which items have it, ``(n_items,)`` bool; handed on to a backbone whose constructor has ``present``.
+        options: the backbone's own options, for example ``embedding_dim``; hyphens do as well.
+        masks: modality -> which items have it, ``(n_items,)`` bool; handed on to a backbone whose constructor has ``present``, for each modality
+            that some items lack.
         seed: of the initialisation. Parameters are drawn on the CPU, so every device starts from the same ones.
         device, dtype: where and in what precision it lives.
         feature_dtype: type in which the features are held, ``dtype`` or a narrower one; None for ``dtype``.
@@ -68,19 +114,17 @@ def build_backbone(
     if held != dtype and not build.projects_features:
         held_in = str(held).removeprefix("torch.")
         raise ConfigError(f"training.feature-dtype is {held_in!r}, but {name!r} does more with its features than project them; use 'float32'")
-    known = {p.name: type(p.default) for p in signature(build).parameters.values() if p.kind is Parameter.KEYWORD_ONLY}
-    for option, value in options.items():
-        if option not in known:
-            raise ConfigError(unknown(f"option of backbone {name}", option, known))
-        _check_option(f"model.{option}", value, known[option])
+    check_options(name, options)
+    given = {option.replace("-", "_"): value for option, value in options.items()}
     for modality in features:
         check_modality(modality)
     tensors = {m: _tensor(x).to(dtype) for m, x in features.items()}
-    takes_masks = "present" in signature(build).parameters
-    present = ({m: torch.from_numpy(masks[m].copy()) for m in features if m in masks},) if masks and takes_masks else ()
+    if "present" in signature(build).parameters:
+        lacking = {m: masks[m] for m in features if m in masks and not masks[m].all()} if masks else {}
+        given["present"] = {m: torch.from_numpy(mask.copy()) for m, mask in lacking.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = build(train, tensors, *present, **options)
+        backbone = build(train, tensors, **given)
     backbone = backbone.to(dtype=dtype)
     if held != dtype:
         for modality in features:
@@ -95,6 +139,31 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does a backbone write to its features
         return torch.from_numpy(array)
+
+
+def _options(name: str) -> dict[str, Parameter]:
+    """What a backbone's constructor takes by keyword only, but for ``present``, which is no option."""
+    parameters = signature(backbone_class(name)).parameters.values()
+    return {one.name: one for one in parameters if one.kind is Parameter.KEYWORD_ONLY and one.name != "present"}
+
+
+def _meaning(name: str, option: str) -> str:
+    """What the docstring of a backbone's class says of an option, or that of a base class where it refers to one."""
+    for owner in backbone_class(name).__mro__:
+        text = _arguments(owner).get(option, "see ")
+        if not text.startswith("see "):
+            return text
+    return ""
+
+
+def _arguments(owner: type) -> dict[str, str]:
+    """Parameter -> its text in the ``Args`` of a class's docstring, on one line and with names in backticks."""
+    _, _, section = cleandoc(owner.__doc__ or "").partition("\nArgs:\n")
+    found = {}
+    for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {5,}.+)*)", section.split("\n\n")[0], flags=re.MULTILINE):
+        plain = re.sub(r":\w+:`~?[\w.]*?(\w+)`", r"`\1`", " ".join(text.split())).replace("``", "`")
+        found.update(dict.fromkeys(names.split(", "), plain))
+    return found
 
 
 def _check_option(key: str, value: Any, kind: type) -> None:

@@ -67,12 +67,12 @@ class EgoGCN(BlockBackbone):
 
     Args:
         train, features: see :class:`~ckd_fed.backbones.base.Backbone`; the training interactions are the graph.
-        l2: lambda, the weight of the regulariser.
-        embedding_dim: width of each block.
-        fusion: ``"soft"`` or ``"hard"``.
-        threshold: tau of hard fusion.
-        reattention: attend to what is sent rather than to X.
-        n_routing: layers after the first.
+        l2: weight lambda of the regulariser.
+        embedding_dim: width of each block; there is one for IDs and one a modality.
+        fusion: ``soft`` (gates between modalities) or ``hard`` (the mean over modalities where attention exceeds the threshold).
+        threshold: attention tau above which hard fusion takes the mean.
+        reattention: whether to attend to what is sent, z, rather than to X.
+        n_routing: layers of attention after the first.
 
     Shapes:
         embeddings ``(n, (1 + number of modalities) * embedding_dim)``.

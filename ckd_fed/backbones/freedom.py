@@ -44,14 +44,15 @@ class FREEDOM(ItemGraphBackbone):
 
     Args:
         train, features, present: see :class:`~ckd_fed.backbones.base.Backbone`.
-        embedding_dim: width d.
+        embedding_dim: width d of all embeddings.
         l2: weight of an L2 term on the batch's embeddings; 0 as published.
-        neighbours: k.
+        neighbours: k, the nearest items that an item is joined to in each modality.
         image_weight: weight of the modality named ``image``, or of the first one where none has that name; the others share the rest
             equally. A single modality's weight is 1.
-        n_item_layers, n_ui_layers: L over the item graph, and layers over the user-item graph.
-        edge_dropout: rho.
-        modality_weight: alpha.
+        n_item_layers: layers L over the item graph.
+        n_ui_layers: layers of LightGCN over the user-item graph.
+        edge_dropout: share rho, below 1, of the user-item edges that an epoch leaves out.
+        modality_weight: weight alpha of the modalities' own BPR terms.
 
     Shapes:
         embeddings ``(n, embedding_dim)``.

@@ -76,14 +76,14 @@ class GRCN(BlockBackbone):
 
     Args:
         train, features: see :class:`~ckd_fed.backbones.base.Backbone`; the training interactions are the graph.
-        l2: lambda, the weight of the regulariser.
-        embedding_dim: width of each block.
-        routing: ``"published"`` or ``"paper"``.
-        n_routing: routings per pass under ``"paper"``.
-        pruning: hard (True) or soft (False).
-        weight_mode: of an edge: ``"confid"`` as above, or the ``"mean"`` or ``"max"`` of alpha over modalities, without confidences.
-        fusion_mode: ``"concat"`` as above, or ``"id"``, which scores with the ID block alone.
-        regulariser: ``"authors"`` or ``"mmrec"``.
+        l2: weight lambda of the regulariser.
+        embedding_dim: width of each block; there is one for IDs and one a modality.
+        routing: ``published`` (none, as the published code computes it) or ``paper`` (preferences gather what the user's items are like).
+        n_routing: how many times under ``paper``.
+        pruning: hard (true: negative edge weights are cut off) or soft (false).
+        weight_mode: of an edge: ``confid`` (largest attention times confidence), or ``mean`` or ``max`` of the attentions without confidences.
+        fusion_mode: ``concat`` (all blocks side by side), or ``id``, which scores with the ID block alone.
+        regulariser: ``authors`` or ``mmrec``, which adds the first modality's preferences of all users.
 
     Shapes:
         embeddings ``(n, (1 + number of modalities) * embedding_dim)``, or ``(n, embedding_dim)`` with ``fusion_mode="id"``.

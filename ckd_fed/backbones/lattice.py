@@ -43,11 +43,12 @@ class LATTICE(ItemGraphBackbone):
 
     Args:
         train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
-        embedding_dim: width d.
-        neighbours: k.
-        frozen_share: lambda.
-        n_item_layers, n_ui_layers: L over the item graph, and layers over the user-item graph.
-        collaborative: the user-item part: ``lightgcn``, ``ngcf`` or ``mf``; see :class:`~ckd_fed.backbones.collaborative.Collaborative`.
+        embedding_dim: width d of all embeddings.
+        neighbours: k, the nearest items that an item is joined to in each modality.
+        frozen_share: share lambda of the graph of the raw features, at most 1; the learned graph has the rest.
+        n_item_layers: layers L over the item graph.
+        n_ui_layers: layers of the user-item part.
+        collaborative: what the user-item part is, ``lightgcn``, ``ngcf`` or ``mf``.
 
     Shapes:
         embeddings ``(n, embedding_dim)``.

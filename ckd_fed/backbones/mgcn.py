@@ -49,10 +49,12 @@ class MGCN(ItemGraphBackbone):
 
     Args:
         train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
-        embedding_dim: width d.
-        neighbours: k.
-        n_item_layers, n_ui_layers: L over the item graphs, and layers over the user-item graph.
-        contrastive_weight, temperature: gamma, and the temperature of InfoNCE.
+        embedding_dim: width d of all embeddings.
+        neighbours: k, the nearest items that an item is joined to in each modality.
+        n_item_layers: layers L over the item graphs.
+        n_ui_layers: layers of LightGCN over the user-item graph.
+        contrastive_weight: weight gamma of the contrast of content with behaviour.
+        temperature: of InfoNCE, above 0.
 
     Shapes:
         embeddings ``(n, embedding_dim)``.

@@ -46,13 +46,15 @@ class MICRO(ItemGraphBackbone):
 
     Args:
         train, features, present, l2: see :class:`~ckd_fed.backbones.base.Backbone`; L2 is on the final embeddings.
-        embedding_dim: width d.
-        neighbours: k.
-        frozen_share: lambda.
-        n_item_layers, n_ui_layers: L over the item graphs, and layers over the user-item graph.
-        contrastive_weight, temperature: beta and tau of C.
-        collaborative: the user-item part: ``lightgcn``, ``ngcf`` or ``mf``; see :class:`~ckd_fed.backbones.collaborative.Collaborative`.
-        normalisation: of the item graphs, ``sym`` or ``rw`` (D^-1 S).
+        embedding_dim: width d of all embeddings.
+        neighbours: k, the nearest items that an item is joined to in each modality.
+        frozen_share: share lambda of the graphs of the raw features, at most 1; the learned graphs have the rest.
+        n_item_layers: layers L over the item graphs.
+        n_ui_layers: layers of the user-item part.
+        contrastive_weight: weight beta of the contrast C.
+        temperature: tau of the contrast C, above 0.
+        collaborative: what the user-item part is, ``lightgcn``, ``ngcf`` or ``mf``.
+        normalisation: of the item graphs, ``sym`` (D^-1/2 S D^-1/2) or ``rw`` (D^-1 S).
 
     Shapes:
         embeddings ``(n, embedding_dim)``.

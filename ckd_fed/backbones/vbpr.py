@@ -32,7 +32,7 @@ class VBPR(Backbone):
 
     Args:
         train, features, l2: see :class:`~ckd_fed.backbones.base.Backbone`.
-        embedding_dim: width of each block.
+        embedding_dim: width of each block; there is one for IDs and one a modality.
 
     Shapes:
         embeddings ``(n, (1 + number of modalities) * embedding_dim)``.

@@ -32,9 +32,9 @@ def add_commands(commands: Subparsers) -> None:
 def data_directory(given: str) -> Path:
     """``<home>/data``."""
     from ckd_fed.config import Config
-    from ckd_fed.home import home
+    from ckd_fed.home import expanded, home
 
-    return home(Config(home=str(Path(given).expanduser().absolute()) if given else "")) / "data"
+    return home(Config(home=str(expanded(given, "--home").absolute()) if given else "")) / "data"
 
 
 def dataset_directory(name: str, given_home: str) -> Path:
@@ -44,23 +44,28 @@ def dataset_directory(name: str, given_home: str) -> Path:
         DataError: there is none.
     """
     from ckd_fed.errors import unknown
+    from ckd_fed.home import expanded
 
     root = data_directory(given_home)
     if "/" in name or name in (".", ".."):
-        path = Path(name).expanduser()
+        path = expanded(name, "the dataset")
         if not path.is_dir():
             raise DataError(f"{path} is no folder")
         return path
-    if not (root / name).is_dir():
+    if not name or not (root / name).is_dir():
         present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) if root.is_dir() else []
         raise DataError(f"{root}: {unknown('dataset', name, present or ['none yet'])}; for a folder elsewhere give its path with a slash")
     return root / name
 
 
-def sources_directory(arguments: argparse.Namespace) -> Path:
-    """Where a publisher's files are: the folder given, else ``<home>/sources/<dataset>``."""
+def sources_directory(arguments: argparse.Namespace, option: str) -> Path:
+    """Where a publisher's files are: the folder given with an option, else ``<home>/sources/<dataset>``."""
+    from ckd_fed.home import check_folder, expanded
+
     if arguments.directory:
-        return Path(arguments.directory).expanduser()
+        path = expanded(arguments.directory, option)
+        check_folder(path, option)
+        return path
     return data_directory(arguments.home).parent / "sources" / str(arguments.dataset)
 
 
@@ -96,6 +101,7 @@ def _import(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.draft import check_name, write_draft
     from ckd_fed.data.importers.detect import read_draft
     from ckd_fed.data.importers.own import Options
+    from ckd_fed.home import expanded
 
     check_name(arguments.name)
     destination = data_directory(arguments.home) / arguments.name
@@ -113,10 +119,9 @@ def _import(arguments: argparse.Namespace) -> None:
         arguments.seed,
         arguments.rows_are_ids,
     )
-    paths = [Path(path).expanduser() for path in arguments.paths]
-    features = {
-        modality: Path(path).expanduser() for modality, path in _assignments("--features", arguments.features, "text=vectors.parquet").items()
-    }
+    paths = [expanded(path, "PATH") for path in arguments.paths]
+    given = _assignments("--features", arguments.features, "text=vectors.parquet")
+    features = {modality: expanded(path, f"--features {modality}") for modality, path in given.items()}
     draft = read_draft(paths, layout=arguments.layout, features=features, options=options)
     about = write_draft(draft, destination, dtype=arguments.dtype, replace=arguments.replace)
     print_summary(destination, about)
@@ -164,13 +169,15 @@ def _add_inspect(data: Subparsers, home: argparse.ArgumentParser) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.dataset import load_dataset
     from ckd_fed.data.inspect import describe, inspect
+    from ckd_fed.home import expanded
 
+    plot = expanded(arguments.plot, "--plot") if arguments.plot else None
     report = inspect(load_dataset(dataset_directory(arguments.dataset, arguments.home), at_least=0))
     print("\n".join(describe(report)))
-    if arguments.plot:
+    if plot:
         from ckd_fed.data.plot import plot_report
 
-        plot_report(report, Path(arguments.plot).expanduser())
+        plot_report(report, plot)
         print(f"drawn into {arguments.plot}")
 
 
@@ -188,8 +195,10 @@ def _add_silos(data: Subparsers, home: argparse.ArgumentParser) -> None:
 
 def _silos(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.silos import STUDENT, split_by_modality
+    from ckd_fed.home import check_folder, expanded
 
-    destination = Path(arguments.directory).expanduser().absolute()
+    destination = expanded(arguments.directory, "DIR").absolute()
+    check_folder(destination.parent, "the folder above DIR")
     for folder, files in split_by_modality(dataset_directory(arguments.dataset, arguments.home), destination).items():
         role = 'role="student"' if folder == STUDENT else f'role="teacher" modality="{folder.partition("-")[2]}"'
         print(f"{destination / folder}: {', '.join(files)}")
@@ -229,6 +238,7 @@ def _add_prepare(data: Subparsers, home: argparse.ArgumentParser) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.draft import check_name, write_draft
     from ckd_fed.data.prepare import prepare
+    from ckd_fed.home import expanded
 
     name = arguments.name or arguments.dataset
     check_name(name)
@@ -239,12 +249,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seed is {arguments.seed}; a whole number from 0 is needed")
     draft = prepare(
         arguments.dataset,
-        sources_directory(arguments),
+        sources_directory(arguments, "--from"),
         show_progress,
         rule=arguments.split,
         seed=arguments.seed,
         encoder=arguments.encoder,
-        text_vectors=Path(arguments.text_vectors).expanduser() if arguments.text_vectors else None,
+        text_vectors=expanded(arguments.text_vectors, "--text-vectors") if arguments.text_vectors else None,
     )
     print_summary(destination, write_draft(draft, destination, dtype=arguments.dtype, replace=arguments.replace))
 
@@ -278,7 +288,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.fetch import fetch, read_sources
 
     sources = read_sources(arguments.dataset)
-    directory = sources_directory(arguments)
+    directory = sources_directory(arguments, "--to")
     for source in sources:
         with show_download(source.name) as progress:
             digest = fetch(source, directory, progress)

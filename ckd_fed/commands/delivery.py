@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from ckd_fed.commands.results import at_home, home_option, output_folder
 
 
 def add_commands(commands: Any) -> None:
     """Add this family to the command's sub-parsers."""
-    recommend = commands.add_parser("recommend", help="a run's recommendations for a user, and which modality speaks for each")
+    home = home_option()
+    recommend = commands.add_parser("recommend", parents=[home], help="a run's recommendations for a user, and which modality speaks for each")
     recommend.add_argument("run", metavar="RUN", help="name of a run, or its folder")
     recommend.add_argument(
         "--user", required=True, metavar="ID", help="the user's id in the source, or the number where the dataset has no users.json"
     )
     recommend.add_argument("--k", type=int, default=20, help="items at most (by default 20)")
     recommend.add_argument("--json", action="store_true", help="one JSON object a line instead of a table; index is the item's number in the dataset")
-    recommend.set_defaults(action=_recommend)
+    recommend.set_defaults(action=at_home(_recommend))
     export = commands.add_parser(
         "export",
+        parents=[home],
         help="write a run's embeddings (safetensors) and ranked lists (JSON lines)",
         description="Write embeddings.safetensors, top_items.jsonl, and the source's ids of the embeddings' rows, users.json and items.json.",
     )
     export.add_argument("run", metavar="RUN", help="name of a run, or its folder")
     export.add_argument("--output", metavar="DIR", help="folder to write to; by default export/ in the run's folder")
     export.add_argument("--k", type=int, default=20, help="items a user (by default 20)")
-    export.set_defaults(action=_export)
+    export.set_defaults(action=at_home(_export))
 
 
 def _recommend(arguments: argparse.Namespace) -> None:
@@ -67,7 +70,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from ckd_fed.analysis.student import load_student
 
     directory = find_run(arguments.run)
+    folder = output_folder(arguments.output, directory / "export")
     history = read_history(directory)
-    folder = Path(arguments.output).expanduser() if arguments.output else directory / "export"
     for path in export(load_student(history), history, folder, arguments.k):
         print(path)

@@ -5,30 +5,69 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+Action = Callable[[argparse.Namespace], None]
 
 
 def add_commands(commands: Any) -> None:
     """Add this family to the command's sub-parsers."""
-    report = commands.add_parser("report", help="write a run's report: one HTML file and a PNG of each figure")
+    home = home_option()
+    report = commands.add_parser("report", parents=[home], help="write a run's report: one HTML file and a PNG of each figure")
     report.add_argument("run", metavar="RUN", help="name of a run, or its folder")
     report.add_argument("--output", metavar="DIR", help="folder to write to; by default report/ in the run's folder")
-    report.set_defaults(action=_report)
-    runs = commands.add_parser("runs", help="list the runs of this machine, the latest last")
-    runs.set_defaults(action=_runs)
-    compare = commands.add_parser("compare", help="compare runs user by user, each with the first")
+    report.set_defaults(action=at_home(_report))
+    runs = commands.add_parser("runs", parents=[home], help="list the runs of this machine, the latest last")
+    runs.set_defaults(action=at_home(_runs))
+    compare = commands.add_parser("compare", parents=[home], help="compare runs user by user, each with the first")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="a run, by name or folder; RUN:plain or RUN:teacher/text for another model of it")
     compare.add_argument("--metric", default="recall@20", help="for example recall@20, ndcg@10 (by default recall@20)")
-    compare.add_argument("--plot", metavar="FILE", help="also write a PNG")
-    compare.set_defaults(action=_compare)
+    compare.add_argument("--plot", metavar="FILE.png", help="also write a PNG")
+    compare.set_defaults(action=at_home(_compare))
+
+
+def home_option() -> argparse.ArgumentParser:
+    """A parent for the parsers of commands that look for runs by name."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--home", default="", metavar="DIR", help="instead of $CKD_FED_HOME or ~/.ckd_fed; runs are in its runs/")
+    return parser
+
+
+def at_home(action: Action) -> Action:
+    """The action of a command with :func:`home_option`, done where that says."""
+
+    def act(arguments: argparse.Namespace) -> None:
+        from ckd_fed.analysis.locate import home_given
+
+        with home_given(arguments.home):
+            action(arguments)
+
+    return act
+
+
+def output_folder(given: str | None, otherwise: Path) -> Path:
+    """The folder of ``--output``, or the one that is meant without it.
+
+    Raises:
+        ConfigError: it can be no folder.
+    """
+    from ckd_fed.home import check_folder, expanded
+
+    if not given:
+        return otherwise
+    path = expanded(given, "--output")
+    check_folder(path, "--output")
+    return path
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from ckd_fed.analysis.locate import find_run
     from ckd_fed.report.write import write_report
 
-    print(write_report(find_run(arguments.run), Path(arguments.output).expanduser() if arguments.output else None))
+    directory = find_run(arguments.run)
+    print(write_report(directory, output_folder(arguments.output, directory / "report")))
 
 
 def _runs(arguments: argparse.Namespace) -> None:
@@ -68,6 +107,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     if len(arguments.runs) < 2:
         raise ConfigError("compare needs at least two runs, for example: ckd-fed compare mine:plain mine")
+    plot = _png(arguments.plot) if arguments.plot else None
     entries = [read_entry(name) for name in arguments.runs]
     found = compare(entries, arguments.metric)
     table = Table(title=f"{arguments.metric} on test, {found[0].n:,} users; differences to the first run", title_justify="left")
@@ -82,12 +122,29 @@ def _compare(arguments: argparse.Namespace) -> None:
     _print(Console, table)
     print("Paired over users: interval and p of Student's t-test. It says how sure the difference is for these users and these training runs;")
     print("another seed moves both runs as well, so train several seeds before calling one method better.")
-    if arguments.plot:
+    if plot:
         from ckd_fed.report.comparison import write_comparison
 
-        path = Path(arguments.plot).expanduser()
-        write_comparison(entries, found, arguments.metric, path)
-        print(path)
+        write_comparison(entries, found, arguments.metric, plot)
+        print(plot)
+
+
+def _png(given: str) -> Path:
+    """The file of ``--plot``.
+
+    Raises:
+        ConfigError: it is called otherwise than a PNG, or cannot be a file.
+    """
+    from ckd_fed.errors import ConfigError
+    from ckd_fed.home import check_folder, expanded
+
+    path = expanded(given, "--plot")
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--plot is {given!r}; it is a PNG that is written, so give a name that ends in .png, for example comparison.png")
+    if path.is_dir():
+        raise ConfigError(f"--plot is {given!r}, which is a folder; give the name of a file in it, for example {path / 'comparison.png'}")
+    check_folder(path.parent, "the folder of --plot")
+    return path
 
 
 def _print(console: Any, table: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -79,6 +79,11 @@ class Dataset:
         """Modality -> sha256 of its features, and where it has one of its mask: equal on two nodes exactly if they hold the same."""
         found = {m: features_fingerprint(matrix) for m, matrix in self.features.items()}
         return {m: f"{whole}+{hashlib.sha256(self.masks[m].tobytes()).hexdigest()}" if m in self.masks else whole for m, whole in found.items()}
+
+    def of_modalities(self, modalities: Sequence[str]) -> Dataset:
+        """The same split with some of the modalities: what a teacher trains on."""
+        features = {m: self.features[m] for m in modalities}
+        return replace(self, features=features, masks={m: mask for m, mask in self.masks.items() if m in features})
 
     def describe(self) -> str:
         """One line: users, items, interactions, modalities with their dimensions."""

@@ -9,7 +9,7 @@ from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.standin import generate_standin
 from ckd_fed.errors import ConfigError, DataError, unknown
-from ckd_fed.home import home
+from ckd_fed.home import expanded, home
 
 STANDINS = ("baby",)
 
@@ -27,7 +27,7 @@ def locate(config: Config, node_config: Mapping[str, object] | None = None) -> t
     standin, root = config.data.standin, home(config, node_config) / "data"
     given = str((node_config or {}).get("data-dir", "")) or config.data.dir
     if standin != "always" and given:
-        path = Path(given).expanduser()
+        path = expanded(given, "the dataset folder")
         if not path.is_absolute():
             raise ConfigError(f"the dataset folder is {given!r}; an absolute path is needed, because Flower starts the apps in folders of its own")
         if not path.is_dir():

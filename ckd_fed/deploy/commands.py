@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ckd_fed.errors import CkdError, ConfigError
@@ -16,7 +15,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     cluster = commands.add_parser("cluster", help="certificates, keys, commands and scripts for nodes on several machines")
     what = cluster.add_subparsers(required=True, metavar="init|move")
     init = what.add_parser("init", help="write a cluster's folder and print what to run on which machine")
-    init.add_argument("directory", metavar="DIR", type=Path)
+    init.add_argument("directory", metavar="DIR")
     _hosts(init, "where the folders lie on the machines, for systemd (default /opt/ckd_fed)", "/opt/ckd_fed")
     init.add_argument("--teachers", required=True, metavar="M,M", help="modalities; one named twice gets a hot spare")
     init.add_argument("--students", type=int, default=1, metavar="N", help="student nodes (default 1)")
@@ -31,15 +30,15 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     init.add_argument("--insecure", action="store_true", help="no TLS and no keys: for tests on one machine only")
     init.set_defaults(action=_init)
     move = what.add_parser("move", help="give the SuperLink of a cluster another host; authority and node keys stay")
-    move.add_argument("directory", metavar="DIR", type=Path)
+    move.add_argument("directory", metavar="DIR")
     _hosts(move, "where the folders lie on the machines, for systemd, if elsewhere than before", "")
     move.set_defaults(action=_move)
 
     doctor = commands.add_parser("doctor", help="check a node before it starts, or a connection; exits 0 only if all is well")
-    doctor.add_argument("node", nargs="?", type=Path, metavar="NODE", help="node.toml, or the folder that holds it")
+    doctor.add_argument("node", nargs="?", metavar="NODE", help="node.toml, or the folder that holds it")
     doctor.add_argument("--dataset", default="baby", help="of the runs to come (default baby)")
     doctor.add_argument("--connection", metavar="NAME", help="of a SuperLink in Flower's config.toml: which nodes are there, what is missing")
-    doctor.add_argument("--cluster", type=Path, metavar="DIR", help="with --connection: the cluster's folder, which says who should be there")
+    doctor.add_argument("--cluster", metavar="DIR", help="with --connection: the cluster's folder, which says who should be there")
     doctor.set_defaults(action=_doctor)
 
 
@@ -54,24 +53,28 @@ def _hosts(parser: argparse.ArgumentParser, where: str, install: str) -> None:
 def _init(arguments: argparse.Namespace) -> None:
     from ckd_fed.deploy.cluster import init_cluster
     from ckd_fed.deploy.plan import ClusterPlan, plan_nodes
+    from ckd_fed.home import expanded
 
-    devices = {}
+    devices: dict[str, str] = {}
     for text in arguments.device:
         name, equals, device = text.partition("=")
         if not equals or not device:
             raise ConfigError(f"--device is {text!r}; NODE=DEVICE is needed, for example student-0=cuda:1")
+        if name in devices:
+            raise ConfigError(f"--device names {name!r} twice, with {devices[name]} and {device}; a node trains on one device")
         devices[name] = device
     _positive_days(arguments.days)
     nodes = plan_nodes(arguments.teachers, arguments.students, arguments.data_dir, devices, arguments.home)
     plan = ClusterPlan(arguments.name, tuple(arguments.host), arguments.port, nodes, not arguments.insecure, arguments.bind, arguments.install)
-    init_cluster(arguments.directory, plan, print, days=arguments.days)
+    init_cluster(expanded(arguments.directory, "DIR"), plan, print, days=arguments.days)
 
 
 def _move(arguments: argparse.Namespace) -> None:
     from ckd_fed.deploy.cluster import move_cluster
+    from ckd_fed.home import expanded
 
     _positive_days(arguments.days)
-    move_cluster(arguments.directory, arguments.host, print, days=arguments.days, install=arguments.install)
+    move_cluster(expanded(arguments.directory, "DIR"), arguments.host, print, days=arguments.days, install=arguments.install)
 
 
 def _positive_days(days: int) -> None:
@@ -81,12 +84,16 @@ def _positive_days(days: int) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from ckd_fed.deploy.doctor import connection_checks, node_checks
+    from ckd_fed.home import expanded
 
     if (arguments.node is None) == (arguments.connection is None):
         raise ConfigError("doctor looks at a node (`ckd-fed doctor nodes/teacher-text`) or at a connection (`ckd-fed doctor --connection lab`)")
     if arguments.cluster and not arguments.connection:
         raise ConfigError("doctor: --cluster goes with --connection")
-    checks = connection_checks(arguments.connection, arguments.cluster) if arguments.connection else node_checks(arguments.node, arguments.dataset)
+    if arguments.connection:
+        checks = connection_checks(arguments.connection, expanded(arguments.cluster, "--cluster") if arguments.cluster else None)
+    else:
+        checks = node_checks(expanded(arguments.node, "NODE"), arguments.dataset)
     failed = 0
     for check in checks:
         print(check.line(), flush=True)

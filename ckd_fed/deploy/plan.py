@@ -16,6 +16,7 @@ from ckd_fed.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 _TAKEN = ("default", "local", "supergrid")  # in the config.toml that Flower itself writes; a second one makes all of it unreadable
 FIRST_NODE_PORT = 9094  # each SuperNode of a machine serves its ClientApps on a port of its own
 
@@ -156,7 +157,13 @@ def plan_nodes(teachers: str, students: int, data_dir: str, devices: Mapping[str
         raise ConfigError(f"--device names {sorted(unknown_names)[0]!r}; the nodes are {', '.join(names)}")
     return tuple(
         NodePlan(
-            name, role, modality, data_dir.replace("{name}", name), devices.get(name, "auto"), FIRST_NODE_PORT + index, homes.replace("{name}", name)
+            name,
+            role,
+            modality,
+            _filled("--data-dir", data_dir, name),
+            devices.get(name, "auto"),
+            FIRST_NODE_PORT + index,
+            _filled("--home", homes, name),
         )
         for index, (name, role, modality) in enumerate(roles)
     )
@@ -187,6 +194,14 @@ def read_node_toml(path: Path) -> dict[str, object]:
 def shown(command: list[str]) -> str:
     """A command as it is typed."""
     return shlex.join(command)
+
+
+def _filled(option: str, pattern: str, name: str) -> str:
+    """A path with the node's name put in; a placeholder that is none would give all nodes one folder."""
+    path = pattern.replace("{name}", name)
+    if left := _PLACEHOLDER.search(path):
+        raise ConfigError(f"{option} is {pattern!r}, and {left[0]} stands for nothing; what stands for the node's name is {{name}}")
+    return path
 
 
 def _check_path(option: str, value: str) -> None:

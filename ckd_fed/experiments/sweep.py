@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from ckd_fed.analysis.history import RunHistory, other_data, read_history
+from ckd_fed.backbones.build import check_options
 from ckd_fed.config import Config, flatten
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.locate import locate, open_dataset, resolve_for_data
@@ -54,11 +55,15 @@ def run_jobs(
         The histories of the jobs that finished.
 
     Raises:
-        ConfigError: a configuration is impossible, or a finished run of the same name has another one, or other data (before anything is run).
+        ConfigError: a configuration or an option of a backbone is impossible, or a finished run of the same name has another configuration, or
+            other data (before anything is run).
     """
     configs = {job: resolve_for_data(job.overrides) for job in planned}
     opened: _Datasets = {}
     kept = {job: history for job in planned if (history := _finished(job, configs[job], opened)) is not None}
+    for job in planned:
+        if job not in kept:
+            check_options(job.backbone, configs[job].model)
     found: dict[Job, RunHistory] = {}
     memory, place = TeacherMemory(), None
     for job in planned:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from ckd_fed.tracking.result import OTHER_RANKINGS, RunResult
 
 Values = Mapping[str, float]
 WIDTH = 118
+_UNBOUNDED = 10_000
+_METRIC = re.compile(r"(?:recall|ndcg)@(\d+)")
 
 
 def write(line: str) -> None:
@@ -71,12 +75,12 @@ def distillation_line(number: int, values: Values, modalities: Sequence[str]) ->
 
 def final_table(result: RunResult) -> str:
     """Test metrics of every model, and how much of each teacher the student has reached."""
-    columns = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
+    columns = _metrics(result)
     table = Table(title="test set, all items ranked (NDCG: standard)", title_justify="left", title_style="bold")
     table.add_column("model", no_wrap=True)
     table.add_column("best epoch", justify="right")
     for name in columns:
-        table.add_column(name.replace("recall", "Recall").replace("ndcg", "NDCG"), justify="right")
+        table.add_column(name.replace("recall", "Recall").replace("ndcg", "NDCG"), justify="right", no_wrap=True)
     diagnosed = [m for m in result.modalities if any(f"only/{m}/recall@20" in outcome.test for outcome in result.outcomes.values())]
     for m in diagnosed:
         table.add_column(f"reached {m}", justify="right")
@@ -85,15 +89,18 @@ def final_table(result: RunResult) -> str:
         label = {"plain": "plain student", "student": "distilled student"}.get(name, f"teacher {name.removeprefix('teacher/')}")
         if name == "student" and not any(key.startswith("teacher/") for key in result.outcomes):
             label = "student (no distillation)"
-        cells = [f"{outcome.test.get(column, float('nan')):.4f}" for column in columns]
+        cells = _cells(outcome.test, columns)
         table.add_row(label, str(outcome.best_epoch), *cells, *(f"{reached[m]:.0%}" if m in reached else "" for m in diagnosed))
         views = {f"only/{m}/": f"its {m} view" for m in result.modalities} | OTHER_RANKINGS
         best = outcome.best_view().replace(" ", "/") + "/"
         for prefix, label in views.items():
             if f"{prefix}recall@20" in outcome.test:
-                cells = [f"{outcome.test.get(prefix + column, float('nan')):.4f}" for column in columns]
+                cells = _cells(outcome.test, columns, prefix)
                 table.add_row(f"  {label}{' *' if prefix == best else ''}", "", *cells, *("" for _ in diagnosed))
     out = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    needed = Measurement.get(out, out.options.update_width(_UNBOUNDED), table)
+    if needed.minimum > WIDTH:  # many cut-offs: better long lines than numbers cut
+        out.width = needed.maximum
     out.print(table)
     if diagnosed:
         out.print("reached m: Recall@20 of the student's own m view over that of teacher m (100 % = all that the modality can do).", highlight=False)
@@ -105,6 +112,17 @@ def final_table(result: RunResult) -> str:
     text = out.file
     assert isinstance(text, io.StringIO)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _metrics(result: RunResult) -> list[str]:
+    """Recall and then NDCG at the cut-offs that were computed, which are those asked for."""
+    known = [_METRIC.fullmatch(name) for outcome in result.outcomes.values() for name in outcome.test]
+    cutoffs = sorted({int(match[1]) for match in known if match})
+    return [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in cutoffs]
+
+
+def _cells(test: Values, metrics: Sequence[str], prefix: str = "") -> list[str]:
+    return [f"{test[prefix + metric]:.4f}" if prefix + metric in test else "" for metric in metrics]
 
 
 def _traffic(n_bytes: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from ckd_fed.analysis.users import user_table
 from ckd_fed.backbones.base import Embeddings
-from ckd_fed.backbones.build import backbone_class
+from ckd_fed.backbones.build import backbone_class, check_options
 from ckd_fed.checkpoint import to_arrays
 from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset
@@ -57,6 +56,7 @@ def train(
     Raises:
         CkdError: bad data or configuration, or a training that cannot go on.
     """
+    check_options(config.backbone, config.model)
     dataset = open_dataset(config)
     check_hidden(config.data.hidden_shares, dataset.modalities)
     facts = {"modalities": list(dataset.modalities), "standin": dataset.standin, **deciding_facts(dataset)}
@@ -113,7 +113,7 @@ def _train(config: Config, dataset: Dataset, record: Record, progress: Progress,
         record.write(no_counterfactual_notice(config.backbone))
     tests: dict[str, Tested] = {}
     fits = _pretrain(config, dataset, record, result, progress, memory, tests)
-    teachers = {m: fits[f"teacher/{m}"].trainer.soft_scores() for m in dataset.modalities if f"teacher/{m}" in fits}
+    teachers = {m: fits[f"teacher/{m}"].trainer.joint_tables() for m in dataset.modalities if f"teacher/{m}" in fits}
     student = _distil(config, dataset, record, result, progress, teachers)
     tests["student"] = _test(student, "student", config, result)
     if config.evaluation.user_table:
@@ -132,7 +132,9 @@ def _pretrain(
     if config.plain and config.distillation.enabled:
         roles["plain"] = dataset.modalities
     cache = home(config) / "cache"
-    fits = {role: build_fit(config, build_trainer(config, select(dataset, modalities), role, cache=cache)) for role, modalities in roles.items()}
+    fits = {
+        role: build_fit(config, build_trainer(config, dataset.of_modalities(modalities), role, cache=cache)) for role, modalities in roles.items()
+    }
     progress.load("teachers", fits)
     while not all(fit.done for fit in fits.values()):
         progress.number += 1
@@ -172,12 +174,6 @@ def _distil(config: Config, dataset: Dataset, record: Record, result: RunResult,
     record.checkpoint("best", to_arrays(fit.best), epoch=fit.stopping.best_epoch)
     fit.trainer.restore(fit.best)
     return fit
-
-
-def select(dataset: Dataset, modalities: Sequence[str]) -> Dataset:
-    """The same split with some of the modalities."""
-    features = {m: dataset.features[m] for m in modalities}
-    return dataclasses.replace(dataset, features=features, masks={m: mask for m, mask in dataset.masks.items() if m in features})
 
 
 def against_teachers(row: Values, result: RunResult) -> Values:

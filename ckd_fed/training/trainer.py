@@ -246,7 +246,7 @@ class Trainer:
         give_back_freed_memory()
         return self.backbone.ranking_embeddings(views)
 
-    def soft_scores(self) -> Embeddings:
+    def joint_tables(self) -> Embeddings:
         """A teacher's detached joint tables, from which its margins are taken."""
         return self.embeddings([self.backbone.joint])[self.backbone.joint]
 

@@ -35,8 +35,10 @@ class Reference:
         Raises:
             DataError: no such file, or no readable archive.
         """
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{path} does not exist")
+        if not path.is_file():
+            raise DataError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; name a reference file, an .npz archive")
         try:
             if not zipfile.is_zipfile(path):
                 raise ValueError("it is no zip archive (a single array?)")

@@ -1,5 +1,6 @@
 """One suite that every backbone passes."""
 
+import re
 from itertools import combinations
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.backbones.base import Backbone, Embeddings, RankingBatch, Triples
-from ckd_fed.backbones.build import backbone_class, build_backbone
+from ckd_fed.backbones.build import backbone_class, build_backbone, check_options, described_options
+from ckd_fed.config import resolve
 from ckd_fed.errors import CkdError, ConfigError
 from ckd_fed.verify import TOLERANCE, verify
 
@@ -408,13 +410,30 @@ def test_features_in_a_narrower_type(build, name, refuses):
 
 
 def test_unknown_option(build, name, refuses):
-    refuses(ConfigError, lambda: build(embeding_dim=3), name, "embeding_dim", "did you mean 'embedding_dim'", "l2")
-    refuses(ConfigError, lambda: build(train=3), "train", "embedding_dim")
+    refuses(ConfigError, lambda: build(embeding_dim=3), name, "embeding-dim", "did you mean 'embedding-dim'", "l2")
+    refuses(ConfigError, lambda: build(train=3), "train", "embedding-dim")
+
+
+def test_options_may_be_hyphenated(build, name):
+    check_options(name, {"embedding-dim": 8})
+    hyphenated, plain = build(**{"embedding-dim": 8}), build(embedding_dim=8)
+    assert {key: x.shape for key, x in hyphenated.state_dict().items()} == {key: x.shape for key, x in plain.state_dict().items()}
+
+
+def test_options_are_described(name):
+    """From the class itself: with the defaults of a run, and a meaning for each."""
+    described = {key.name.removeprefix("model."): key for key in described_options(name)}
+    check_options(name, {option: key.default for option, key in described.items()})
+    for option, value in resolve({"backbone": name}).model.items():
+        assert described[option.replace("_", "-")].default == value
+    for option, key in described.items():
+        assert key.help, option
+        assert not re.search(r":class:|``|^see", key.help), option
 
 
 @pytest.mark.parametrize("value", [0, -4, 2.5, "64"])
 def test_an_impossible_option_is_refused_in_words(build, refuses, value):
-    refuses(CkdError, lambda: build(embedding_dim=value), "embedding_dim", value)
+    refuses(CkdError, lambda: build(embedding_dim=value), "model.embedding-dim", value)
 
 
 @pytest.mark.parametrize("value", [-1.0, "small"])

@@ -3,13 +3,16 @@
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ckd_fed import backbones
-from ckd_fed.backbones.build import backbone_class, build_backbone
+from ckd_fed.backbones.base import Backbone
+from ckd_fed.backbones.build import backbone_class, build_backbone, importable
 from ckd_fed.config import resolve
 from ckd_fed.errors import ConfigError
 from ckd_fed.training.central import train
@@ -71,6 +74,50 @@ def test_its_options_are_checked(random_interactions, random_features, refuses):
 
     refuses(ConfigError, lambda: build(layer=1), "mine:EarlyFusion", "'layer'", "did you mean 'layers'")
     refuses(ConfigError, lambda: build(layers=0), "model.layers", 0)
+
+
+class Masked(Backbone):
+    """Asks for ``present`` by keyword only, and cannot do without it."""
+
+    def __init__(self, train, features, *, present, size: int = 2):
+        super().__init__(train, features, l2=0.0)
+        self.seen = present
+        self.users = nn.Parameter(torch.zeros(self.n_users, size))
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, views):
+        raise NotImplementedError
+
+
+def test_masks_are_given_by_name(random_interactions, random_features, monkeypatch, refuses):
+    module = ModuleType("masked")
+    module.Masked = Masked
+    monkeypatch.setitem(sys.modules, "masked", module)
+    train, features = random_interactions(11, 17), random_features(17)
+    lacking = np.arange(17) > 2
+
+    def build(masks, **options):
+        return build_backbone("masked:Masked", train, features, options, seed=0, masks=masks)
+
+    assert build(None).seen == build({}).seen == {}
+    (modality,) = build({"image": np.ones(17, dtype=bool), "text": lacking, "audio": lacking}).seen
+    assert modality == "text"
+    seen = build({"text": lacking}, size=3).seen["text"]
+    assert seen.dtype == torch.bool
+    assert seen.tolist() == lacking.tolist()
+    message = refuses(ConfigError, lambda: build({}, present=3), "unknown option", "'present'", "size")
+    assert "choices: size)" in message
+
+
+def test_whether_a_module_is_here(tmp_path, monkeypatch, refuses):
+    (tmp_path / "broken_module.py").write_text("raise RuntimeError('no GPU')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importable("vbpr")
+    assert not importable("no_such_module:Model")
+    assert not importable("broken_module:Model")
+    refuses(ConfigError, lambda: importable("vpbr"), "'vpbr'", "did you mean 'vbpr'")
 
 
 def test_what_cannot_be_imported_is_named(refuses):

@@ -10,7 +10,7 @@ from ckd_fed.data.dataset import dense_features, load_dataset
 from ckd_fed.data.missing import hide
 from ckd_fed.errors import ConfigError
 from ckd_fed.training.build import build_trainer
-from ckd_fed.training.central import select, train
+from ckd_fed.training.central import train
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_only_items_that_have_the_modality_are_hidden(dataset):
 
 
 def test_a_teacher_and_a_student_hide_the_same_items(dataset):
-    teacher = hide(select(dataset, ["text"]), {"text": 0.3, "image": 0.6}, 0)
+    teacher = hide(dataset.of_modalities(["text"]), {"text": 0.3, "image": 0.6}, 0)
     assert set(teacher.masks) == {"text"}
     np.testing.assert_array_equal(teacher.masks["text"], hide(dataset, {"text": 0.3}, 0).masks["text"])
 

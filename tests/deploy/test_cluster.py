@@ -317,6 +317,10 @@ def test_moving_refuses_what_a_new_cluster_would(cluster, nothing_runs, capsys, 
         (["--host", "h", "--teachers", "image", "--device", "student-0=gpu"], ["--device is 'gpu' for student-0", "cuda:N"]),
         (["--host", "h", "--teachers", "image", "--device", 'student-0=cpu"\nx="'], ["--device is 'cpu\"\\nx=\"' for student-0"]),
         (["--host", "h", "--teachers", "text,text,text-spare1"], ["--teachers is", "two nodes would be called 'teacher-text-spare1'"]),
+        (["--host", "h", "--teachers", "image", "--device", "student-0=cuda:0", "--device", "student-0=cuda:1"], ["'student-0' twice", "cuda:1"]),
+        (["--host", "h", "--teachers", "image", "--data-dir", "/x/{nam}"], ["--data-dir is '/x/{nam}'", "{nam} stands for nothing", "{name}"]),
+        (["--host", "h", "--teachers", "image", "--home", "/x/{name}/{Name}"], ["--home is '/x/{name}/{Name}'", "{Name} stands for nothing"]),
+        (["--host", "h", "--teachers", "image", "--data-dir", "/x/{}"], ["--data-dir is '/x/{}'", "{name}"]),
         (["--host", "h", "--teachers", "image", "--students", "60000"], ["--students is 60000", "at most 56441"]),
     ],
 )
@@ -327,6 +331,15 @@ def test_what_cannot_be_planned_is_refused_in_one_line(options, mentions, tmp_pa
     assert len(said.splitlines()) == 1
     assert all(mention in said for mention in mentions), said
     assert not (tmp_path / "x").exists()
+
+
+def test_a_quoted_tilde_is_the_users_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    main(["cluster", "init", "~/lab", "--host", "h", "--teachers", "image", "--insecure"])
+    main(["cluster", "move", "~/lab", "--host", "other"])
+    assert read_plan(tmp_path / "lab").hosts == ("other",)
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_cluster_is_not_written_over(cluster, refuses):

@@ -118,6 +118,14 @@ def test_an_option_that_one_side_lacks_is_another_configuration(recipe, trained,
     assert len(trained) == 4
 
 
+@pytest.mark.parametrize("variant", ["{model: {strange: 1}}", "{model: {l2: -1}}"])
+def test_an_impossible_option_is_told_before_anything_is_run(recipe, trained, tmp_path, refuses, variant):
+    recipe.write_text(recipe.read_text() + f"  odd: {variant}\n")
+    refuses(ConfigError, lambda: run(recipe), "strange" if "strange" in variant else "model.l2 is -1")
+    assert not trained
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_of_other_data_is_not_taken_for_this_one(recipe, trained, tmp_path, write_dataset, refuses):
     run(recipe)
     toy = tmp_path / "data" / "toy"

@@ -99,6 +99,19 @@ def test_the_final_table_and_row(record):
     assert max(map(len, table.splitlines())) <= console.WIDTH
 
 
+@pytest.mark.parametrize("ks", [(20, 100000), (20,), (1, 2, 5, 10, 20, 50, 100)])
+def test_the_final_table_has_the_cutoffs_that_were_asked_for(ks, tmp_path):
+    test = {f"{metric}@{k}": 0.1 for metric in ("recall", "ndcg") for k in ks}
+    student = {**test, **{f"{view}/{name}": value for view in ("only/image", "warm") for name, value in test.items()}}
+    outcomes = {"teacher/image": Outcome(10, 20, 0.2, test), "student": Outcome(30, 40, 0.3, student)}
+    table = console.final_table(RunResult(("image",), tmp_path, outcomes)).splitlines()
+    header = [cell.strip() for cell in table[2].split("┃")[1:-1]]
+    assert [name for name in header if "@" in name] == [*(f"Recall@{k}" for k in ks), *(f"NDCG@{k}" for k in ks)]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table if line.startswith("│")]
+    assert [row.count("0.1000") for row in rows] == [2 * len(ks)] * 4
+    assert not any("nan" in line or "…" in line for line in table)
+
+
 class _Broken:
     def __init__(self, fail):
         self.fail, self.calls = fail, 0

@@ -61,7 +61,7 @@ def make_trainer(problem, backbone_name):
 @pytest.fixture
 def sheets(make_trainer):
     """Margins of fixed, untrained teachers."""
-    tables = {m: make_trainer(seed=10 + n, modalities=(m,)).soft_scores() for n, m in enumerate(("image", "text", "audio"))}
+    tables = {m: make_trainer(seed=10 + n, modalities=(m,)).joint_tables() for n, m in enumerate(("image", "text", "audio"))}
     return lambda steps: {m: margin_sheet(table, steps, np.dtype("<f4")) for m, table in tables.items()}
 
 
@@ -268,9 +268,9 @@ def test_a_validation_on_some_users_ranks_for_these_and_the_test_for_all(make_tr
     trainer = make_trainer(validation_users=4)
     assert len(trainer.validation.users) == 4 < len(problem.val.users)
     (row,) = Fit(trainer, max_epochs=1, validate_every=1, patience=1).advance()
-    expected = evaluate(trainer.soft_scores(), problem.train, trainer.validation, KS).compute()
+    expected = evaluate(trainer.joint_tables(), problem.train, trainer.validation, KS).compute()
     assert {name: row[f"val/{name}"] for name in expected} == expected
-    assert expected != evaluate(trainer.soft_scores(), problem.train, problem.val, KS).compute()
+    assert expected != evaluate(trainer.joint_tables(), problem.train, problem.val, KS).compute()
     assert trainer.test("student").metrics.n_users == len(problem.test.users)
 
 
@@ -475,7 +475,7 @@ def test_learns_a_toy_with_an_obvious_answer(toy, name):
         return trainer  # with its last parameters: Recall@20 of 60 items is perfect long before Recall@10
 
     teachers = {m: fit([m], seed=n) for n, m in enumerate(toy.features)}
-    tables = {m: teacher.soft_scores() for m, teacher in teachers.items()}
+    tables = {m: teacher.joint_tables() for m, teacher in teachers.items()}
     student = fit(list(toy.features), seed=9, sheets=lambda steps: {m: margin_sheet(t, steps, np.dtype("<f2")) for m, t in tables.items()})
     for trainer in (*teachers.values(), student):
         assert trainer.rank(toy.test).compute()["recall@10"] > 0.85  # chance: 0.19
@@ -547,7 +547,7 @@ def test_every_trainer_of_a_process_works_with_its_own_threads(problem, monkeypa
         trainers = [build_trainer(resolve({**config, "training.threads": n}), problem, f"teacher/{n}") for n in (2, 1)]
         for trainer in (*trainers, *trainers):
             trainer.train_epoch(0)
-            trainer.soft_scores()
+            trainer.joint_tables()
             found.append(torch.get_num_threads())
     finally:
         torch.set_num_threads(before)

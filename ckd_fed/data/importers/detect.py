@@ -40,7 +40,7 @@ def read_draft(paths: Sequence[Path], *, layout: str = "", features: Mapping[str
         options: for one's own tables.
 
     Raises:
-        DataError: the paths are not there, or are no dataset.
+        DataError: the paths are not there, or are no dataset, or two files are for one modality.
     """
     for path in [*paths, *(features or {}).values()]:
         if not path.exists():
@@ -62,8 +62,15 @@ def read_draft(paths: Sequence[Path], *, layout: str = "", features: Mapping[str
         files = [path for path in sorted(folders[0].iterdir()) if path.suffix in ENDINGS and not path.name.startswith(".")]
     elif layout not in ("", OWN):
         raise DataError(f"the layout {layout} is a folder; {paths[0]} is a file")
-    interactions, rest = sort_files(files, options, list((features or {}).values()))
-    return read_own(interactions, {**rest, **(features or {})}, options)
+    features = features or {}
+    interactions, rest = sort_files(files, options, list(features.values()))
+    for modality in features:
+        if modality in rest:
+            raise DataError(
+                f"{rest[modality]} and {features[modality]} (--features) are both for the modality {modality!r}; leave one of them out, or give "
+                "the first another modality with --features MODALITY=FILE"
+            )
+    return read_own(interactions, {**rest, **features}, options)
 
 
 def _read_several(directory: Path, layouts: Sequence[str]) -> Draft:

@@ -59,12 +59,15 @@ def sort_files(paths: Sequence[Path], options: Options, named: Sequence[Path] = 
     """
     interactions: list[Path] = []
     features: dict[str, Path] = {}
-    passed = {*named, *(place for path in (*paths, *named) if (place := sidecar(path)) is not None)}
+    tables: dict[Path, tuple[str, ...]] = {}
+    lists = [place for path in (*paths, *named) if (place := sidecar(path)) is not None]
+    passed = {path.absolute() for path in (*named, *lists)}
     for path in paths:
-        if path in passed:
+        if path.absolute() in passed:
             continue
         if path.suffix in (*TEXT_ENDINGS, ".parquet"):
-            names = {name.lower() for name in header(path)}
+            tables[path] = header(path)
+            names = {name.lower() for name in tables[path]}
             user = {options.user_column.lower()} if options.user_column else set(USER_NAMES)
             item = {options.item_column.lower()} if options.item_column else set(ITEM_NAMES)
             if names & user and names & item:
@@ -76,13 +79,30 @@ def sort_files(paths: Sequence[Path], options: Options, named: Sequence[Path] = 
         if modality in features:
             raise DataError(f"{features[modality]} and {path} are both for the modality {modality!r}; name them with --features MODALITY=FILE")
         features[modality] = path
+    if not interactions:
+        _check_named_columns(tables, options)
     if len(interactions) != 1:
-        found = ", ".join(path.name for path in interactions) or "none of " + (", ".join(path.name for path in paths) or "no files")
+        seen = ", ".join(_shown(path, tables.get(path, ())) for path in paths) or "no files"
+        found = ", ".join(path.name for path in interactions) or f"none of {seen}"
         raise DataError(
             f"{len(interactions)} tables of interactions ({found}); exactly one file with a user and an item column is needed "
             "(name the columns with --user-column and --item-column)"
         )
     return interactions[0], features
+
+
+def _check_named_columns(tables: Mapping[Path, Sequence[str]], options: Options) -> None:
+    """A column of users or items that was named is in some table."""
+    present = {name.lower() for names in tables.values() for name in names}
+    for option, column in {"--user-column": options.user_column, "--item-column": options.item_column}.items():
+        if column and column.lower() not in present:
+            shown = ", ".join(_shown(path, names) for path, names in tables.items()) or "there is no table"
+            raise DataError(f"{option} is {column!r}, and no table has a column of that name: {shown}")
+
+
+def _shown(path: Path, columns: Sequence[str]) -> str:
+    """A file with the columns that it has."""
+    return f"{path.name} (columns: {', '.join(columns)[:200]})" if columns else path.name
 
 
 def read_own(interactions: Path, features: Mapping[str, Path], options: Options) -> Draft:

@@ -109,7 +109,7 @@ def read_text_table(path: Path, wanted: Sequence[str] | None = None) -> TextTabl
     """
     names = header(path)
     if len(set(names)) != len(names):
-        raise DataError(f"{path} has the column {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise DataError(_twice(path, next(name for name in names if names.count(name) > 1)))
     keep = [name for name in names if wanted is None or name in wanted]
     lines: Sequence[int]
     if path.suffix == ".parquet":
@@ -179,17 +179,33 @@ def find_column(path: Path, names: Sequence[str], given: str, usual: Sequence[st
     """The column that was named, or the one with a usual name.
 
     Raises:
-        DataError: the named one is not there, or there is none or more than one with a usual name where one is needed.
+        DataError: the named one is not there, or there is none or more than one with a usual name where one is needed, or it is there twice.
     """
-    if given:
-        if given not in names:
-            raise DataError(f"{path}: {unknown('column', given, names)}")
-        return given
-    found = [name for name in names if name.lower() in usual]
+    if given and given not in names:
+        raise DataError(f"{path}: {unknown('column', given, names)}")
+    found = [given] if given else [name for name in names if name.lower() in usual]
+    for name in found:
+        if names.count(name) > 1:
+            raise DataError(_twice(path, name))
     if len(found) > 1 or (needed and not found):
         state = f"{len(found)} columns that could be the {what} ({', '.join(found)})" if found else f"no {what} column"
         raise DataError(f"{path} has {state}; name it with --{what}-column (columns: {', '.join(names)[:200]})")
     return found[0] if found else None
+
+
+def _twice(path: Path, column: str) -> str:
+    return f"{path} has the column {column!r} twice; give one of them another name in the file"
+
+
+def number(text: str) -> float:
+    """A cell as a number. An underscore is part of none, though Python's own reading takes ``1_0`` for 10.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if "_" in text:
+        raise ValueError(f"{text!r} is no number")
+    return float(text)
 
 
 @dataclass(frozen=True)
@@ -307,7 +323,7 @@ def _times(path: Path, column: str, texts: Sequence[str], lines: Sequence[int]) 
     for k, text in enumerate(texts):
         value = math.nan
         with suppress(ValueError):
-            value = float(text)
+            value = number(text)
         if math.isnan(value):
             with suppress(ValueError, OverflowError):
                 moment = datetime.fromisoformat(text)

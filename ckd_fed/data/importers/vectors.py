@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ckd_fed.data.features import open_npy
-from ckd_fed.data.importers.tables import TEXT_ENDINGS, find_column, header, id_text, open_parquet, parquet_faults, text_rows
+from ckd_fed.data.importers.tables import TEXT_ENDINGS, find_column, header, id_text, number, open_parquet, parquet_faults, text_rows
 from ckd_fed.errors import DataError
 
 ID_NAMES = ("item", "item_id", "itemid", "iid", "asin", "id", "ids", "item_ids")
@@ -309,7 +309,7 @@ def _read_text(path: Path, id_column: str) -> Vectors:
             blocks.append(np.full(len(row), np.nan, dtype=np.float32))
             continue
         try:
-            blocks.append(np.array(row, dtype=np.float64).astype(np.float32))
+            blocks.append(_from_cells(row))
         except ValueError:
             wrong = next(k for k, cell in enumerate(row) if not _is_number(cell))
             raise DataError(f"{path}, line {line}: {names[keep[wrong]]} is {row[wrong][:40]!r}; a number is needed") from None
@@ -318,9 +318,17 @@ def _read_text(path: Path, id_column: str) -> Vectors:
     return Vectors(path, ids, np.stack(blocks), notes)
 
 
+def _from_cells(cells: Sequence[str]) -> np.ndarray:
+    """The vector of a row; a cell that is no number is a ValueError."""
+    if "_" in "".join(cells):  # see number(); a call of it for every cell would double the time
+        raise ValueError("an underscore is part of no number")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as that
+        return np.array(cells, dtype=np.float64).astype(np.float32)
+
+
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        number(text)
     except ValueError:
         return False
     return True

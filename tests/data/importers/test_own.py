@@ -15,7 +15,7 @@ from ckd_fed.data.draft import write_draft
 from ckd_fed.data.importers.detect import read_draft
 from ckd_fed.data.importers.own import Options, sorted_ids
 from ckd_fed.data.importers.tables import read_interactions
-from ckd_fed.data.importers.vectors import modality_of, read_vectors
+from ckd_fed.data.importers.vectors import align, modality_of, read_vectors
 from ckd_fed.errors import DataError
 
 NAMES = [f"sku-{item:02d}" for item in range(14)]
@@ -329,7 +329,9 @@ def test_repeated_rows_keep_the_earliest_time(tmp_path, bring):
     (lambda t: "", ["is empty"]),
     (lambda t: t + '"open', ["line "]),
     (lambda t: t + "a\0b,c,1,train\n", ["line "]),
-    (lambda t: t.replace("timestamp", "user_id"), ["2 columns that could be the user"]),
+    (lambda t: t.replace("timestamp", "user"), ["2 columns that could be the user", "--user-column"]),
+    (lambda t: t.replace("timestamp", "user_id"), ["clicks.csv", "the column 'user_id' twice", "another name in the file"]),
+    (lambda t: t.replace("timestamp", "split"), ["the column 'split' twice", "another name in the file"]),
     (lambda t: t.replace(",test\n", ",train\n"), ["leaves test empty"]),
     (lambda t: t.replace("sku-", "SKU "), ["image.parquet", "'SKU 00'", "of one kind"]),
 ])  # fmt: skip
@@ -341,6 +343,7 @@ def test_interactions_that_are_refused(own, bring, refuses, edit, mentions):
 @pytest.mark.parametrize(("edit", "mentions"), [
     (lambda t: t.replace("1007,", "yesterday,", 1), ["timestamp is 'yesterday'", "line "]),
     (lambda t: t.replace("1007,", "nan,", 1), ["timestamp is 'nan'"]),
+    (lambda t: t.replace("1007,", "10_07,", 1), ["timestamp is '10_07'"]),
     (lambda t: t.replace("split", "date"), ["2 columns that could be the time"]),
 ])  # fmt: skip
 def test_times_count_where_the_rule_goes_by_them(own, bring, refuses, edit, mentions):
@@ -453,6 +456,58 @@ def test_features_that_are_refused(own, problem, bring, refuses):
 def test_two_files_for_one_modality(own, bring, refuses):
     (own / "image.csv").write_text("id,a\nsku-00,1\n")
     refuses(DataError, lambda: bring(own), "image.csv", "image.parquet", "--features")
+
+
+def test_a_file_and_an_option_for_one_modality(own, bring, refuses, same, monkeypatch):
+    """The one would be dropped without a word."""
+    np.savez(own / "image.npz", ids=NAMES, features=np.zeros((14, 3)))
+    named = [own / "clicks.csv", own / "text.npz", own / "image.npz"]
+    refuses(DataError, lambda: bring(*named, features={"image": own / "image.parquet"}), "image.npz", "image.parquet", "'image'", "--features")
+    (own / "image.npz").rename(own / "other.npz")
+    refuses(DataError, lambda: bring(own, features={"image": own / "other.npz"}), "image.parquet", "other.npz", "'image'")
+    (own / "other.npz").unlink()
+    same(bring(own, features={"image": own / "image.parquet"}))
+    monkeypatch.chdir(own)  # one file under two names is one file
+    same(bring(own, features={"image": (own / "image.parquet").relative_to(own)}))
+
+
+@pytest.mark.parametrize("given", [{}, {"user_column": "nope"}, {"item_column": "nope"}, {"user_column": "item_id", "item_column": "nope"}])
+def test_where_no_table_is_of_interactions_the_columns_are_listed(own, bring, refuses, given):
+    (own / "clicks.csv").write_text((own / "clicks.csv").read_text().replace("user_id", "who"))
+    message = refuses(
+        DataError, lambda: bring(own, **given), "clicks.csv (columns: who, item_id, timestamp, split)", "image.parquet (columns: item_id,"
+    )
+    option = next((f"--{name[:4]}-column is 'nope'" for name, column in given.items() if column == "nope"), "")
+    assert ("no table has a column of that name" in message) == bool(given)
+    assert option in message
+
+
+@pytest.mark.parametrize("given", ["", "item_id"])
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_column_that_is_there_twice_must_be_renamed(tmp_path, refuses, given, ending):
+    """To name it on the command line would not help."""
+    path = tmp_path / f"log{ending}"
+    if ending == ".csv":
+        path.write_text("user_id,item_id,item_id\nu,a,b\n")
+    else:
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table([["u"], ["a"], ["b"]], names=["user_id", "item_id", "item_id"]), path)
+    message = refuses(DataError, lambda: read_interactions(path, item_column=given), path, "the column 'item_id' twice", "another name")
+    assert "--item-column" not in message
+
+
+def test_cells_that_are_no_numbers_that_float32_holds(tmp_path, refuses, recwarn):
+    path = tmp_path / "image.csv"
+    path.write_text("id,a,b\nx,1,2\ny,1,1_0\n")
+    refuses(DataError, lambda: read_vectors(path), path, "line 3", "b is '1_0'", "a number is needed")
+    path.write_text("id,a_b,b\nx_1,1,2\ny_1,1e39,-1e-3\n")  # an underscore is welcome in names
+    found = read_vectors(path)
+    assert found.ids == ["x_1", "y_1"]
+    np.testing.assert_array_equal(found.matrix, np.array([[1, 2], [np.inf, -1e-3]], dtype=np.float32))
+    refuses(DataError, lambda: align(found, ["y_1"]), path, "y_1", "inf in column 1")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("name", ["a/b", "keys", "forward", "my text", "text.v2", "bild\u00e9", "..", ""])
