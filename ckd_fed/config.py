@@ -22,6 +22,7 @@ from ckd_fed.backbones import backbone_target
 from ckd_fed.errors import ConfigError, unknown
 
 Scalar = bool | int | float | str
+_LARGEST_BATCH = 1 << 24
 
 
 def configs_directory() -> Path:
@@ -96,7 +97,9 @@ class TrainingConfig:
     """``training.*``: how every model is trained; the defaults are the published protocol."""
 
     learning_rate: float = _positive(default=5e-4, help="Learning rate of Adam.")
-    batch_size: int = _at_least(1, default=1024, help="Number of triples (user, positive item, negative item) in a ranking batch: B.")
+    batch_size: int = _at_least(
+        1, high=_LARGEST_BATCH, default=1024, help="Number of triples (user, positive item, negative item) in a ranking batch: B."
+    )
     epochs: int = _at_least(1, default=1000, help="Number of epochs, at most. Early stopping can end training before.")
     validate_every: int = _at_least(
         1, default=5, help="Number of epochs from one validation to the next. In a federation a distillation round normally ends with a validation."
@@ -118,7 +121,9 @@ class TrainingConfig:
         default="float32",
         help="Type in which features are held and projected. Parameters are float32. bfloat16 is for `vbpr`, `mmgcn`, `grcn` and `egogcn`.",
     )
-    threads: int = _at_least(0, default=0, help="Number of CPU threads of a training process. 0: torch's default, or 1 where the matrices are small.")
+    threads: int = _at_least(
+        0, high=1024, default=0, help="Number of CPU threads of a training process. 0: torch's default, or 1 where the matrices are small."
+    )
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class DistillationConfig:
     rho: float = _at_least(0, default=0.01, help="Weight of the distillation losses in the student's loss.")
     kappa: float = _at_least(0, default=5.0, help="Weight of the generic loss beside the specific loss.")
     temperature: float = _positive(default=0.1, help="Temperature t of the generic loss.")
-    batch_size: int = _at_least(1, default=5000, help="Number of random item pairs in a distillation batch: K.")
+    batch_size: int = _at_least(1, high=_LARGEST_BATCH, default=5000, help="Number of random item pairs in a distillation batch: K.")
     reweight: bool = _plain(default=True, help="Whether modalities are weighted by their causal effects. false: each has the weight 1.")
     specific: bool = _plain(default=True, help="Whether to use the specific loss (on the ranking batch).")
     generic: bool = _plain(default=True, help="Whether to use the generic loss (on the distillation batch).")
@@ -339,13 +344,12 @@ def in_words(kind: type, rules: Mapping[str, Any]) -> str:
         *first, last = rules["choices"]
         return f"{', '.join(first)} or {last}"
     noun = {bool: "true or false", int: "whole number", float: "number"}.get(kind, "text")
-    limits = {"low": "at least", "above": "above", "below": "below"}
+    limits = {"low": "at least", "above": "above", "below": "below", "high": "at most"}
     return ", ".join([noun, *(f"{word} {rules[rule]}" for rule, word in limits.items() if rule in rules)])
 
 
 def _check_device(device: str) -> None:
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (":" in device and not (kind == "cuda" and index.isascii() and index.isdecimal())):
+    if not re.fullmatch(r"auto|cpu|cuda(:([0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]))?", device):  # torch counts devices in a byte
         raise ConfigError(unknown("training.device", device, ["auto", "cpu", "cuda", "cuda:N"]))
 
 
@@ -401,6 +405,8 @@ def resolve(*layers: Mapping[str, Any], standin: bool = False) -> Config:
         values.update(_read_yaml(adapted))
     values.update(recipe)
     values.update(given)
+    if ":" in str(given.get("name", "")):
+        raise ConfigError(f"name is {given['name']!r}; a run's name has no colon, because RUN:MODEL is how one of its models is named")
     return _build(values)
 
 
@@ -420,10 +426,10 @@ def restore(*layers: Mapping[str, Any]) -> Config:
 
 def read_recipe(name: str) -> dict[str, Any]:
     """Overrides of a recipe."""
-    path = configs_directory() / "recipes" / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(unknown("recipe", name, (p.stem for p in path.parent.glob("*.yaml"))))
-    return _read_yaml(path)
+    folder = configs_directory() / "recipes"
+    if not is_folder_name(name) or not (folder / f"{name}.yaml").is_file():
+        raise ConfigError(unknown("recipe", name, (path.stem for path in folder.glob("*.yaml"))))
+    return _read_yaml(folder / f"{name}.yaml")
 
 
 class _Loader(yaml.SafeLoader):
@@ -489,7 +495,8 @@ def _convert(key: str, value: Any, kind: type, rules: Mapping[str, Any]) -> Scal
         good = isinstance(value, str)
     if not good:
         expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
-        raise ConfigError(f"{key} is {value!r}; {expected} is needed")
+        hint = f", for example {key}='\"{value}\"'" if kind is str and isinstance(value, (int, float)) else ""
+        raise ConfigError(f"{key} is {value!r}; {expected} is needed{hint}")
     if "choices" in rules and value not in rules["choices"]:
         raise ConfigError(unknown(key, value, rules["choices"]))
     if "above" in rules and not value > rules["above"]:
@@ -500,4 +507,6 @@ def _convert(key: str, value: Any, kind: type, rules: Mapping[str, Any]) -> Scal
         raise ConfigError(f"{key} is {value!r}; a whole number below 2**63 is needed")
     if "low" in rules and not value >= rules["low"]:
         raise ConfigError(f"{key} is {value!r}; it must be at least {rules['low']}")
+    if "high" in rules and not value <= rules["high"]:
+        raise ConfigError(f"{key} is {value!r}; it must be at most {rules['high']}")
     return value

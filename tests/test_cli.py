@@ -97,3 +97,11 @@ def test_help_is_quick():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--keys" in done.stdout
+
+
+def test_a_device_that_is_not_there_is_told_before_a_run_takes_the_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CKD_FED_HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["train", "-c", "name=v9 training.device=cuda:90 tracking.wandb=off"])
+    assert "this machine shows" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

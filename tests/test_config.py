@@ -140,6 +140,13 @@ def test_unknown_keys(refuses, key, mentions):
         ("seed", 2**64, [str(2**64)]),
         ("plain", 1, ["1", "true or false"]),
         ("plain", "true", ["'true'", "true or false"]),
+        ("training.batch-size", 1 << 25, ["33554432", "at most"]),
+        ("distillation.batch-size", 1 << 62, ["at most"]),
+        ("training.threads", 10**9, ["at most 1024"]),
+        ("training.device", "cuda:99999999999999999999", ["cuda:N"]),
+        ("recipe", "../datasets/baby", ["unknown recipe '../datasets/baby'"]),
+        ("name", "a:b", ["colon", "RUN:MODEL"]),
+        ("name", 7, ["a string is needed", "name='\"7\"'"]),
         ("data.standin", "yes", ["'yes'", "always", "auto", "never"]),
         ("data.modalities", "image, image", ["image, image", "twice"]),
         ("training.learning-rate", 0, ["0", "greater than 0"]),
@@ -278,7 +285,7 @@ SPECIAL = {
     "dataset": st.from_regex(r"[a-z0-9_][a-z0-9_.-]{0,8}", fullmatch=True),
     "backbone": st.sampled_from(sorted(BACKBONES)),
     "recipe": st.just(""),
-    "name": RUN_NAME,
+    "name": RUN_NAME.filter(lambda name: ":" not in name),
     "resume": RUN_NAME,
     "data.modalities": st.lists(st.sampled_from(["image", "text", "audio"]), unique=True).map(",".join),
     "training.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
@@ -303,7 +310,7 @@ def values_of(owner, prefix=""):
         elif kind is bool:
             found[key] = st.booleans()
         elif kind is int:
-            found[key] = st.integers(rules.get("low", 0), 10**9)
+            found[key] = st.integers(rules.get("low", 0), rules.get("high", 10**9))
         elif kind is float:
             found[key] = st.floats(rules.get("low", 0), rules.get("below", 1e300), exclude_min="above" in rules, exclude_max="below" in rules)
         elif kind is str:

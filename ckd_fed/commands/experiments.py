@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 
@@ -28,8 +27,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     from ckd_fed.analysis.locate import runs_directory
     from ckd_fed.cli import parse_overrides
+    from ckd_fed.commands.results import output_folder
     from ckd_fed.errors import CkdError, ConfigError
-    from ckd_fed.experiments.recipe import Job, jobs, read_sweep
+    from ckd_fed.experiments.recipe import Job, jobs, read_sweep, refuse_own_keys
 
     recipe = read_sweep(arguments.recipe)
     try:
@@ -37,13 +37,14 @@ def _sweep(arguments: argparse.Namespace) -> None:
     except ValueError:
         raise ConfigError(f"--seeds is {arguments.seeds!r}; whole numbers separated by commas are needed, for example 123,2024,7") from None
     overrides = {"tracking.report": False, **parse_overrides(arguments.config)}
-    fixed = sorted({"dataset", "backbone", "seed", "name", "home"} & set(overrides))
-    if fixed:
-        raise ConfigError(
-            f"-c sets {', '.join(fixed)}; a sweep takes --dataset, --backbone and --seeds, names its runs itself, and uses $CKD_FED_HOME"
-        )
+    refuse_own_keys("-c", overrides)
     planned = jobs(recipe, arguments.dataset or ["baby"], arguments.backbone or ["vbpr"], seeds, overrides)
+    folder = output_folder(arguments.output, runs_directory().parent / "sweeps" / recipe.name)
     if arguments.dry_run:
+        from ckd_fed.data.locate import resolve_for_data
+
+        for job in planned:
+            resolve_for_data(job.overrides)
         for job in planned:
             print(job.run)
         return
@@ -71,8 +72,11 @@ def _sweep(arguments: argparse.Namespace) -> None:
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
-        folder = Path(arguments.output).expanduser() if arguments.output else runs_directory().parent / "sweeps" / recipe.name
         for path in write_summary(recipe, lines, folder):
             print(path)
     if failed:
-        raise CkdError(f"{len(failed)} of {len(planned)} runs failed: " + "; ".join(f"{job.run} ({how})" for job, how in failed.items()))
+        by_reason: dict[str, list[str]] = {}
+        for job, how in failed.items():
+            by_reason.setdefault(how, []).append(job.run)
+        reasons = "; ".join(f"{', '.join(names)} ({how})" for how, names in by_reason.items())
+        raise CkdError(f"{len(failed)} of {len(planned)} runs failed: {reasons}")

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from ckd_fed.config import configs_directory, flatten, read_recipe, read_yaml
 from ckd_fed.errors import ConfigError, unknown
+from ckd_fed.home import expanded
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_sweep(name: str) -> Recipe:
         ConfigError: no such recipe, or not of that form.
     """
     folder = configs_directory()
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else folder / "sweeps" / f"{name}.yaml"
+    path = expanded(name, "the sweep's recipe") if name.endswith((".yaml", ".yml")) else folder / "sweeps" / f"{name}.yaml"
     if not path.is_file():
         known = sorted(file.stem for part in ("sweeps", "recipes") for file in (folder / part).glob("*.yaml"))
         if name not in known:
@@ -67,10 +67,26 @@ def read_sweep(name: str) -> Recipe:
     if not isinstance(variants, dict) or not variants or not all(isinstance(value, dict) for value in variants.values()):
         raise ConfigError(f"{path} needs `variants:`, a label with a mapping of configuration keys for each, for example `full: {{}}`")
     labels = {str(label): value for label, value in variants.items()}
+    for label, value in labels.items():
+        refuse_own_keys(f"{path}: variant {label!r}", flatten(value))
     slugs = [slug(label) for label in labels]
     if len(set(slugs)) != len(slugs) or not all(slugs):
         raise ConfigError(f"{path}: two variants come to the same run name ({', '.join(slugs)}); give them labels that differ in letters or digits")
     return Recipe(path.stem, str(tree.get("title", path.stem)), labels)
+
+
+def refuse_own_keys(where: str, given: Mapping[str, Any]) -> None:
+    """Refuse the keys that a sweep sets itself, which would be passed over or lead to another run's folder.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    own = sorted({"dataset", "backbone", "seed", "name", "home", "resume"} & set(given))
+    if own:
+        raise ConfigError(
+            f"{where} sets {', '.join(own)}; a sweep takes --dataset, --backbone and --seeds, names its runs itself, goes on with those that "
+            "broke off, and uses $CKD_FED_HOME"
+        )
 
 
 def jobs(recipe: Recipe, datasets: Sequence[str], backbones: Sequence[str], seeds: Sequence[int], overrides: Mapping[str, Any]) -> list[Job]:

@@ -52,14 +52,7 @@ dt { color: #333; } dd { margin: 0; text-align: right; }
 """
 
 
-_LABELS = {
-    "recall@10": "Recall@10",
-    METRIC: "Recall@20",
-    "ndcg@10": "NDCG@10",
-    "ndcg@20": "NDCG@20",
-    "precision@20": "Precision@20",
-    "hit_rate@20": "Hit rate@20",
-}
+_LABELS = {"recall": "Recall", "ndcg": "NDCG", "precision": "Precision", "hit_rate": "Hit rate"}
 
 
 def page(history: RunHistory, words: Words, drawings: Sequence[Drawing]) -> str:
@@ -96,8 +89,10 @@ def final_table(history: RunHistory) -> str:
     """Test metrics of every model and of each modality's view of the students; empty where nothing was tested."""
     if not history.models:
         return ""
-    metrics = [name for name in _LABELS if name in history.tested(history.models[-1])]
-    labels = [_LABELS[name] for name in metrics]
+    tested = history.tested(history.models[-1])
+    cutoffs = sorted(int(name.removeprefix("recall@")) for name in tested if name.startswith("recall@"))
+    metrics = [f"{kind}@{k}" for kind in ("recall", "ndcg") for k in cutoffs] + ["precision@20", "hit_rate@20"]
+    labels = [f"{_LABELS[kind]}@{k}" for kind, _, k in (name.partition("@") for name in metrics)]
     rows: list[tuple[str, list[str]]] = []
     for model in history.models:
         test = history.tested(model)

@@ -29,7 +29,7 @@ from ckd_fed.tracking.record import Mirror, Record, read_rows, run_name, sole_wr
 from ckd_fed.tracking.result import Outcome, RunResult, ratio
 from ckd_fed.tracking.resume import find_run, resumed_config
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
-from ckd_fed.training.build import build_fit, build_trainer
+from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
 from ckd_fed.training.memory import TeacherMemory
 from ckd_fed.training.progress import Progress
@@ -57,6 +57,7 @@ def train(
         CkdError: bad data or configuration, or a training that cannot go on.
     """
     check_options(config.backbone, config.model)
+    choose_device(config.training.device)  # raises for one that is not there, before a run has taken the name
     dataset = open_dataset(config)
     check_hidden(config.data.hidden_shares, dataset.modalities)
     facts = {"modalities": list(dataset.modalities), "standin": dataset.standin, **deciding_facts(dataset)}

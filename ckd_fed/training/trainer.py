@@ -115,7 +115,7 @@ class Trainer:
             is none); without effects and weights where scores do not depend on features.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: a loss is not finite, or a step takes more memory than there is.
         """
         if (self.objective is None) != (sheets is None):
             raise ValueError("sheets of margins are needed exactly if there is a distillation objective")
@@ -139,13 +139,18 @@ class Trainer:
                     self.balancing.step(self.backbone, self.optimizer)
                     self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
                     means.update(*_numbers(output, counterfactual=self.backbone.scores_use_features))
+        except (MemoryError, RuntimeError) as error:
+            if not _of_memory(error):
+                raise
+            raise TrainingError(
+                f"there is not enough memory for a step: {str(error).splitlines()[0][:200]}; lower training.batch-size={self.stream.batch_size}"
+                + (f" or distillation.batch-size={self.stream.kd_batch_size}" if self.stream.kd_batch_size else "")
+            ) from error
         finally:
             self.optimizer.settle()
             self.optimizer.zero_grad()
         values = means.compute()
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise TrainingError(f"{name} became {value} in epoch {epoch + 1}; lower training.learning-rate or check the features' scale")
+        _check_finite(values, epoch)
         if into is not None:
             into.merge(means)
         return values
@@ -257,6 +262,22 @@ class Trainer:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Load parameters saved by :meth:`snapshot`."""
         self.backbone.load_state_dict(dict(state))
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether an error is that of an allocation, which torch's CPU allocator tells by its text alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _check_finite(values: Values, epoch: int) -> None:
+    """Raises :class:`TrainingError` for a mean that is not finite: a part of the loss rather than their total."""
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        name = next((one for one in wrong if one != "loss/total"), wrong[0])
+        remedy = "lower training.learning-rate or check the features' scale"
+        if all(one in ("loss/total", "loss/kd") or one.startswith(("generic/", "specific/")) for one in wrong):
+            remedy += ", or lower distillation.rho or raise distillation.temperature"
+        raise TrainingError(f"{name} became {values[name]} in epoch {epoch + 1}; {remedy}")
 
 
 class _Sum(NamedTuple):

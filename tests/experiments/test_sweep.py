@@ -312,13 +312,38 @@ def test_what_is_no_sweep_is_said(tmp_path, refuses, capsys):
     refuses(ConfigError, lambda: read_sweep("ablation"), "unknown sweep recipe 'ablation'", "did you mean 'ablations'")
     path = tmp_path / "bad.yaml"
     faults = {"a: [": "not valid YAML", "title: x": "variants:", "variants: {a: 1}": "variants:", "variants: {a b: {}, a-b: {}}": "a-b, a-b"}
+    faults["variants: {a: {}, b: {backbone: mmgcn, seed: 5}}"] = "variant 'b' sets backbone, seed"
+    faults["variants: {a: {resume: other}}"] = "variant 'a' sets resume"
     for text, mention in faults.items():
         path.write_text(text)
         refuses(ConfigError, lambda: read_sweep(str(path)), path, mention)
-    for arguments, mention in ((["--seeds", "x"], "--seeds is 'x'"), (["-c", "seed=3"], "-c sets seed")):
+    for arguments, mention in ((["--seeds", "x"], "--seeds is 'x'"), (["-c", "seed=3"], "-c sets seed"), (["-c", "resume=r"], "-c sets resume")):
         with pytest.raises(SystemExit):
             main(["sweep", "ablations", *arguments])
         assert mention in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_a_run_would(recipe, capsys):
+    main(["sweep", str(recipe), "--dataset", "toy", "--seeds", "1,2", "--dry-run"])
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    for arguments, mention in ((["--seeds", "1,-1"], "seed is -1"), (["--dataset", "nope"], "unknown dataset 'nope'"), (["-c", "nope=1"], "'nope'")):
+        with pytest.raises(SystemExit):
+            main(["sweep", str(recipe), "--dataset", "toy", "--dry-run", *arguments])
+        caught = capsys.readouterr()
+        assert mention in caught.err
+        assert caught.out == ""
+
+
+def test_one_reason_is_said_once(recipe, monkeypatch, capsys):
+    def fail(config, write, memory):
+        raise TrainingError("it is broken")
+
+    monkeypatch.setattr(sweep, "train", fail)
+    with pytest.raises(SystemExit):
+        main(["sweep", str(recipe), "--dataset", "toy", "--seeds", "1,2", "-c", "data.standin=never"])
+    said = capsys.readouterr().err
+    assert said.startswith("ckd-fed: 4 of 4 runs failed: sweep-mine-toy-vbpr-s1-full, ")
+    assert said.count("it is broken") == 1
 
 
 def lines_of_a_run(recipe):

@@ -398,7 +398,22 @@ def test_a_nan_in_a_sheet_stops_training(make_trainer, sheets, refuses):
     trainer = make_trainer(distilled=True)
     margins = sheets(trainer.stream.epoch(0))
     margins["text"][0, 0] = np.nan
-    refuses(TrainingError, lambda: trainer.train_epoch(0, margins), "nan", "epoch 1")
+    refuses(TrainingError, lambda: trainer.train_epoch(0, margins), "loss/kd became nan", "epoch 1", "distillation.rho")
+
+
+@pytest.mark.parametrize("error", [MemoryError("7.28 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"), ValueError("other")])
+def test_too_little_memory_names_the_batch_sizes(error, make_trainer, sheets, monkeypatch):
+    trainer = make_trainer(distilled=True)
+    margins = sheets(trainer.stream.epoch(0))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(DistillationObjective, "__call__", fail)
+    with pytest.raises(ValueError if isinstance(error, ValueError) else TrainingError) as raised:
+        trainer.train_epoch(0, margins)
+    if not isinstance(error, ValueError):
+        assert f"training.batch-size={B} or distillation.batch-size={K}" in str(raised.value)
 
 
 def test_means_count_each_step_by_its_weight():
