@@ -59,7 +59,7 @@ def test(request: Request, node: Node) -> Answer:
     """Test the best of a teacher (or of the plain student, read out as the configuration says)."""
     model = best_of(request, node)
     width = int(model.trainer.joint_tables().users.shape[1])
-    tested = _test(request, model.trainer, request.stamp.role, (0, 1))
+    tested = model.trainer.test(request.stamp.role, calibrated=request.config.evaluation.calibrate)
     values, arrays = _by_user(request, tested)
     return {"width": width, "n-users": tested.metrics.n_users, **values}, {**tested.metrics.compute(), **tested.chosen}, arrays
 
@@ -170,7 +170,7 @@ def evaluate(request: Request, node: Node) -> Answer:
     node.keep(request.stamp.run, request.stamp.role, model, state)
     if request.values["split"] == "val":
         return *_validation(model.trainer, (worker, workers)), {}
-    tested = _test(request, model.trainer, "student", (worker, workers))
+    tested = model.trainer.test("student", (worker, workers), calibrated=request.config.evaluation.calibrate)
     values, arrays = _by_user(request, tested)
     sums = {f"sum/{name}": total for name, total in tested.metrics.sums.items()}
     return {"n-users": tested.metrics.n_users, **values}, {**sums, **tested.chosen}, arrays
@@ -180,11 +180,6 @@ def _validation(trainer: Trainer, share: tuple[int, int]) -> tuple[dict[str, int
     """A share of the users validated: how many they are, and sums over them."""
     metrics = trainer.diagnose(trainer.validation, share)
     return {"n-users": metrics.n_users}, {f"sum/{name}": total for name, total in metrics.sums.items()}
-
-
-def _test(request: Request, trainer: Trainer, name: str, share: tuple[int, int]) -> Tested:
-    """A model's test; a student is read out too if that is asked for (every worker fits the same weights)."""
-    return trainer.test(name, share, calibrated=request.config.evaluation.calibrate and not name.startswith("teacher/"))
 
 
 def _by_user(request: Request, tested: Tested) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

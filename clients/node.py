@@ -15,7 +15,7 @@ import torch
 from ckd_fed.backbones.build import backbone_class
 from ckd_fed.config import Config
 from ckd_fed.data.dataset import Dataset, load_dataset
-from ckd_fed.data.locate import locate
+from ckd_fed.data.locate import locate, shown_name
 from ckd_fed.errors import ConfigError, DataError, ReplyError, unknown
 from ckd_fed.home import code_version, home
 from ckd_fed.tracking.console import write
@@ -184,8 +184,7 @@ class Node:
 
     def _dataset(self, modalities: tuple[str, ...] | None, at_least: int) -> Dataset:
         path, standin = locate(self.config, self.node_config)
-        name = f"{self.config.dataset} (generated stand-in)" if standin else self.config.dataset
-        return _load(path, name, modalities, at_least, standin, _stamp(path))
+        return _load(path, shown_name(self.config, standin), modalities, at_least, standin, _stamp(path))
 
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:

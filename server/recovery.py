@@ -38,6 +38,11 @@ class Round:
         return self.answers[action, role].value
 
     @property
+    def n_bytes(self) -> int:
+        """Bytes sent and received."""
+        return self.sent_bytes + sum(answer.n_bytes for answer in self.answers.values())
+
+    @property
     def busy(self) -> float:
         """The longest time in seconds that a node worked: what the round would take without messaging."""
         return max((answer.busy for answer in self.answers.values()), default=0.0)

@@ -67,8 +67,12 @@ def open_dataset(
     """
     path, standin = locate(config, node_config)
     wanted = modalities if modalities is not None else (config.modalities or None)
-    name = f"{config.dataset} (generated stand-in)" if standin else config.dataset
-    return load_dataset(path, name=name, modalities=wanted, at_least=at_least, standin=standin)
+    return load_dataset(path, name=shown_name(config, standin), modalities=wanted, at_least=at_least, standin=standin)
+
+
+def shown_name(config: Config, standin: bool) -> str:
+    """What outputs call the dataset."""
+    return f"{config.dataset} (generated stand-in)" if standin else config.dataset
 
 
 def standin_notice(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +52,22 @@ class RunResult:
     modalities: tuple[str, ...]
     directory: Path
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def against_teachers(self, row: Mapping[str, float], teachers: Iterable[str]) -> dict[str, float]:
+        """A student's row with each teacher's validation recall, and how much of it the student's ``only m`` view has reached.
+
+        Args:
+            row: with ``only/m/recall@20`` where the views differ.
+            teachers: modalities that have one; those without an outcome are passed over.
+        """
+        values = dict(row)
+        for m in teachers:
+            teacher = self.outcomes.get(f"teacher/{m}")
+            if teacher:
+                values[f"teacher/{m}/recall@20"] = teacher.validation
+                if f"only/{m}/recall@20" in values:
+                    values[f"reached/{m}"] = ratio(values[f"only/{m}/recall@20"], teacher.validation)
+        return values
 
     def summary(self) -> dict[str, float]:
         """Flat numbers for ``metrics.jsonl`` and W&B: ``final/<name>/<metric>`` and ``final/reached/<m>``."""

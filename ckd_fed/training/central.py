@@ -26,14 +26,14 @@ from ckd_fed.report.write import report_quietly
 from ckd_fed.tracking import console
 from ckd_fed.tracking.console import no_counterfactual_notice
 from ckd_fed.tracking.record import Mirror, Record, read_rows, run_name, sole_writer
-from ckd_fed.tracking.result import Outcome, RunResult, ratio
+from ckd_fed.tracking.result import Outcome, RunResult
 from ckd_fed.tracking.resume import find_run, resumed_config
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
 from ckd_fed.training.memory import TeacherMemory
 from ckd_fed.training.progress import Progress
-from ckd_fed.training.trainer import METRIC, Values
+from ckd_fed.training.trainer import Values
 
 
 def train(
@@ -166,7 +166,7 @@ def _distil(config: Config, dataset: Dataset, record: Record, result: RunResult,
 
     def report(row: Values) -> None:
         progress.number += 1
-        record.distillation_round(progress.number, against_teachers(row, result), dataset.modalities)
+        record.distillation_round(progress.number, result.against_teachers(row, result.modalities), dataset.modalities)
         progress.save("student", {"student": fit}, record.position())
 
     progress.load("student", {"student": fit})
@@ -177,21 +177,9 @@ def _distil(config: Config, dataset: Dataset, record: Record, result: RunResult,
     return fit
 
 
-def against_teachers(row: Values, result: RunResult) -> Values:
-    """A student's row with each teacher's validation recall and how much of it the student's ``only m`` view has reached."""
-    row = dict(row)
-    for m in result.modalities:
-        teacher = result.outcomes.get(f"teacher/{m}")
-        if teacher:
-            row[f"teacher/{m}/{METRIC}"] = teacher.validation
-            if f"only/{m}/{METRIC}" in row:
-                row[f"reached/{m}"] = ratio(row[f"only/{m}/{METRIC}"], teacher.validation)
-    return row
-
-
 def _test(fit: Fit, role: str, config: Config, result: RunResult) -> Tested:
     """Test the best parameters, which the fit has restored."""
-    tested = fit.trainer.test(role, calibrated=config.evaluation.calibrate and not role.startswith("teacher/"))
+    tested = fit.trainer.test(role, calibrated=config.evaluation.calibrate)
     stopping = fit.stopping
     result.outcomes[role] = Outcome(stopping.best_epoch, fit.epoch, stopping.best, tested.metrics.compute(), dict(tested.chosen))
     return tested

@@ -228,7 +228,7 @@ class Trainer:
         Args:
             model: its name in the groups' rows.
             share: (w, W): which of the users.
-            calibrated: also read a student out, see :meth:`read_out`.
+            calibrated: also read it out, see :meth:`read_out`, unless it is a teacher, which has one modality and one view.
         """
         train, test = self.dataset.train, self.dataset.test
         by_user: list[UserTest] = []
@@ -241,7 +241,7 @@ class Trainer:
             return metrics
 
         metrics = self._rank_views(rank_joint, test, share)
-        chosen = self._add_calibrated(metrics, test, share) if calibrated else {}
+        chosen = self._add_calibrated(metrics, test, share) if calibrated and len(self.backbone.modalities) > 1 else {}
         return Tested(metrics, chosen, by_user[0])
 
     def embeddings(self, views: Sequence[View]) -> dict[View, Embeddings]:

@@ -13,7 +13,7 @@ from ckd_fed.errors import EnrolmentError, ReplyError
 from ckd_fed.tracking.record import read_rows
 from ckd_fed.training.fit import Fit
 from clients import node as client_node
-from server import federation
+from server import students
 
 SMALL = {
     "dataset": "toy",
@@ -460,7 +460,7 @@ def test_a_late_reply_to_an_earlier_request_is_not_used(tmp_path, homes, federat
 
 def test_an_answer_given_once_more_is_not_taken_for_a_round_without_work(homes, federate, monkeypatch):
     """Its node worked no time for it; rounds that grew by that would grow without bound."""
-    lost, asked, real_grown, real_advance = [], [], federation.grown, Fit.advance
+    lost, asked, real_grown, real_advance = [], [], students.grown, Fit.advance
 
     def tamper(message, reply):
         if message.metadata.message_type.endswith(".distil") and not lost:
@@ -475,7 +475,7 @@ def test_an_answer_given_once_more_is_not_taken_for_a_round_without_work(homes, 
     def advance(self, *arguments, **more):
         return [{**row, "seconds": 20.0} for row in real_advance(self, *arguments, **more)]
 
-    monkeypatch.setattr(federation, "grown", grown)
+    monkeypatch.setattr(students, "grown", grown)
     monkeypatch.setattr(Fit, "advance", advance)
     overrides = {**SMALL, "distillation.enabled": False, "training.epochs": 30, "training.patience": 30, "federation.reply-timeout": 1}
     _, _, done = federate(overrides, nodes=LoopbackGrid(homes("student"), tamper))

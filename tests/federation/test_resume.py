@@ -222,7 +222,7 @@ def test_the_students_that_lie_there_are_those_of_the_state(toy, federate, kill)
 @pytest.mark.parametrize("full", ["for a moment", "for good"])
 def test_a_full_disk_of_the_server_is_told_with_how_to_go_on(full, toy, federate, monkeypatch):
     federate(SMALL, run="undisturbed")
-    saved, real_save, real_row, lines = [], federation.save_state, Record.row, []
+    saved, real_save, real_row, lines = [], rounds.save_state, Record.row, []
 
     def save(directory, state):
         saved.append(state)
@@ -236,7 +236,7 @@ def test_a_full_disk_of_the_server_is_told_with_how_to_go_on(full, toy, federate
         real_row(self, event, **values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(federation, "save_state", save)
+        patch.setattr(rounds, "save_state", save)
         patch.setattr(Record, "row", row)
         with pytest.raises(OSError, match=r"No space left on device$"):
             federate(SMALL, run="run", write=lines.append)
