@@ -12,7 +12,7 @@ from ckd_fed.checkpoint import load_checkpoint, load_state, save_checkpoint
 from ckd_fed.errors import ConfigError, DataError, EnrolmentError, ReplyError
 from ckd_fed.tracking.record import Record, read_rows
 from clients import node as client_node
-from server import checkpoints, federation
+from server import checkpoints, rounds
 
 SMALL = {
     "dataset": "toy",
