@@ -132,7 +132,9 @@ def _config(arguments: argparse.Namespace) -> None:
     from ckd_fed.config import resolve
     from ckd_fed.data.locate import resolve_for_data
 
-    if arguments.keys or arguments.markdown:
+    if arguments.markdown and not arguments.keys:
+        raise ConfigError("--markdown is for the reference of keys: ckd-fed config --keys --markdown")
+    if arguments.keys:
         from ckd_fed.commands.keys import keys_markdown, keys_text
 
         print(keys_markdown() if arguments.markdown else keys_text(), end="")

@@ -184,7 +184,10 @@ class FederationConfig:
 
     student_workers: int = _at_least(1, default=1, help="Number of nodes that train the student together, at most. Further nodes stay spare.")
     rate_scale: float = _at_least(
-        0, default=0.0, help="Factor of `training.learning-rate` where several nodes train the student. 0: their number. 1: the rate stays as it is."
+        0,
+        default=0.0,
+        help="Factor of `training.learning-rate` where several nodes train the student. 0: their number. 1: the rate stays as it is. "
+        "It is not for what has one gradient an epoch (the learned graphs of `lattice` and `micro`).",
     )
     teacher_epochs: int = _at_least(1, default=50, help="Number of epochs of a teacher round, rounded up to a multiple of `training.validate-every`.")
     messaging_share: float = _at_least(
@@ -405,8 +408,8 @@ def resolve(*layers: Mapping[str, Any], standin: bool = False) -> Config:
         values.update(_read_yaml(adapted))
     values.update(recipe)
     values.update(given)
-    if ":" in str(given.get("name", "")):
-        raise ConfigError(f"name is {given['name']!r}; a run's name has no colon, because RUN:MODEL is how one of its models is named")
+    if ":" in str(values.get("name", "")):
+        raise ConfigError(f"name is {values['name']!r}; a run's name has no colon, because RUN:MODEL is how one of its models is named")
     return _build(values)
 
 

@@ -50,6 +50,10 @@ class TrainingError(CkdError):
     """Training cannot go on (for example: the loss is no longer finite)."""
 
 
+class TooLittleMemoryError(TrainingError):
+    """A step took more memory than there was: elsewhere, or later, there may be more."""
+
+
 def unknown(kind: str, value: object, choices: Iterable[object]) -> str:
     """Message for a value outside a closed set: names it, suggests the nearest choice and lists them all.
 

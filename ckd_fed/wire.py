@@ -40,7 +40,7 @@ from ckd_fed.config import Config, is_folder_name, restore
 from ckd_fed.distillation.margins import DTYPES
 from ckd_fed.errors import FinalError, LostError, ReplyError
 
-PROTOCOL = 5
+PROTOCOL = 6
 _RAISED = 2  # Flower's code for an app that raised; its other codes tell of nodes and processes that are gone
 _KINDS = "loss|val|only|calibrated|warm|cold|readout|effect|effect_share|weight|specific|generic|asked|sum"
 _METRIC = re.compile(rf"(?:(?:{_KINDS})(?:/[\w@.\- ]+)+|\w+@\d+|epoch|gain|seconds|done)")

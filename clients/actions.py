@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from ckd_fed.checkpoint import to_arrays, to_tensors
 from ckd_fed.data.triples import StepTriples, triples_hash
 from ckd_fed.distillation.margins import margin_sheet
-from ckd_fed.errors import CkdError, ReplyError, TrainingError, unknown
+from ckd_fed.errors import CkdError, ReplyError, TooLittleMemoryError, TrainingError, unknown
 from ckd_fed.evaluation.tested import Tested
 from ckd_fed.training.build import triple_stream
 from ckd_fed.training.early_stopping import EarlyStopping
@@ -220,7 +220,9 @@ def handle(message: Message, context: Context) -> Message:
         if not stamp.role.startswith("node/"):
             values["holds"] = json.dumps(asdict(node.holds(stamp.role)))
     except CkdError as error:
-        return refusal(message, stamp, str(error), final=isinstance(error, TrainingError))  # training is a function of what was asked
+        # Training is a function of what was asked, so it would fail again; memory is not.
+        final = isinstance(error, TrainingError) and not isinstance(error, TooLittleMemoryError)
+        return refusal(message, stamp, str(error), final=final)
     except OSError as error:  # a full or unwritable disk, above all
         return refusal(message, stamp, f"the node's disk: {error}")
     return reply(message, stamp, metrics, arrays, busy=time.monotonic() - started, **values)

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from ckd_fed.checkpoint import load_checkpoint, save_checkpoint
-from ckd_fed.config import TrainingConfig
 from ckd_fed.errors import DataError
 from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.tracking.result import Outcome
 from ckd_fed.training.early_stopping import EarlyStopping
-from ckd_fed.training.fit import validations_due
 from server.reweighting import RoundState
 
 FILE = "state.safetensors"
@@ -32,13 +30,6 @@ class Learner:
     best: float = 0.0
     done: bool = False
     width: int = 0  # of its embedding tables, known from its test
-
-    def stopping(self, config: TrainingConfig) -> EarlyStopping:
-        """Its early stopping where it stands."""
-        if not self.epoch:
-            return EarlyStopping(config.patience)
-        waited = len(validations_due(config.validate_every, config.epochs, self.best_epoch, self.epoch))
-        return EarlyStopping(config.patience, self.best, self.best_epoch, waited)
 
 
 @dataclass

@@ -33,26 +33,28 @@ class FitReport:
     done: bool
 
 
-def check_fit(reply: Reply, config: Config, before: int, stopping: EarlyStopping) -> FitReport:
+def check_fit(reply: Reply, config: Config, before: int) -> FitReport:
     """A teacher's (or the plain student's) round from an epoch on.
 
-    Args:
-        reply: to ``fit``.
-        config: of the run.
-        before: epoch that it started from.
-        stopping: its early stopping as it was then.
+    Early stopping is its own: where another node has trained it again, its values and its best are the same only to rounding.
 
     Raises:
-        ReplyError: validations that early stopping would not have come to, or another outcome than theirs.
+        ReplyError: validations that were not due, or an outcome that is not theirs.
     """
     rows = reply.rows([f"val/{METRIC}", "epoch", "loss/total", "gain"])
-    stopping = replace(stopping)
-    end, _ = _replayed(reply, config, rows, before, min(before + config.teacher_round, config.training.epochs), stopping)
+    end = min(before + config.teacher_round, config.training.epochs)
+    due = validations_due(config.training.validate_every, config.training.epochs, before, end)
     report = FitReport(rows, reply.integer("epoch", before), reply.integer("best-epoch", -1), reply.flag("done"))
-    due = FitReport(rows, end, stopping.best_epoch, stopping.stop or end == config.training.epochs)
-    if report != due:
-        says, is_ = (f"epoch {one.epoch}, best {one.best_epoch}, {'' if one.done else 'not '}converged" for one in (report, due))
-        raise ReplyError(f"{reply.stamp}: it says {says}; its validations say {is_}")
+    said, gains = [row["epoch"] for row in rows], [row["gain"] for row in rows]
+    if not said or said != due[: len(said)] or report.epoch != said[-1]:
+        raise ReplyError(f"{reply.stamp}: it is at epoch {report.epoch} and its validations are of epochs {said}; those due are {due}")
+    if not report.done and report.epoch != min(end, config.training.epochs - 1):
+        raise ReplyError(f"{reply.stamp}: it stopped at epoch {report.epoch} without having converged; {end} was asked for")
+    if not set(gains) <= {0, 1}:
+        raise ReplyError(f"{reply.stamp}: its gains are {gains}; each is 0 or 1")
+    last = max((int(epoch) for epoch, gain in zip(said, gains, strict=True) if gain), default=0)
+    if report.best_epoch != last if last else report.best_epoch > before:
+        raise ReplyError(f"{reply.stamp}: the epoch of its best is {report.best_epoch}; its last gain is at epoch {last or 'none'} of this round")
     return report
 
 

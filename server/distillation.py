@@ -44,7 +44,7 @@ class Distillation:
     def run(self) -> None:
         """From where the state stands, to the student's test."""
         if self._state.workers == 1:
-            self._train(LoneStudent(self._rounds, self.reweighting, self._evaluation))
+            self._train(LoneStudent(self._rounds, self.reweighting))
         else:
             students = SeveralStudents(self._rounds, self.reweighting, self._evaluation)
             self._train(students)

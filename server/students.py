@@ -25,13 +25,11 @@ class Students(ABC):
     Args:
         rounds: of the run.
         reweighting: effects and weights so far.
-        evaluation: of the student.
     """
 
-    def __init__(self, rounds: Rounds, reweighting: Reweighting, evaluation: Evaluation) -> None:
+    def __init__(self, rounds: Rounds, reweighting: Reweighting) -> None:
         self._rounds = rounds
         self._reweighting = reweighting
-        self._evaluation = evaluation
         self._state, self._record = rounds.state, rounds.record
 
     @abstractmethod
@@ -99,9 +97,16 @@ class SeveralStudents(Students):
     """Students that share the steps of every epoch and are averaged after each round.
 
     Their mean is validated within the next round, which carries it anyhow: a request of its own would cost as much messaging again.
+
+    Args:
+        rounds, reweighting: see :class:`Students`.
+        evaluation: of the student.
     """
 
-    _taken = 0  # rounds in this process
+    def __init__(self, rounds: Rounds, reweighting: Reweighting, evaluation: Evaluation) -> None:
+        super().__init__(rounds, reweighting)
+        self._evaluation = evaluation
+        self._taken = 0  # rounds in this process
 
     def take(self, done: Round, epochs: int, due: bool, seconds: float, rounds: Sequence[Round]) -> None:
         """First the validation of what they started from, which ends the round before; then, unless it ends training, what they trained."""

@@ -51,7 +51,7 @@ class Teaching:
 
     def _fit(self, role: str, learner: Learner) -> Ask:
         values = {"from-epoch": learner.epoch, "epochs": self._config.teacher_round}
-        check = partial(check_fit, config=self._config, before=learner.epoch, stopping=learner.stopping(self._config.training))
+        check = partial(check_fit, config=self._config, before=learner.epoch)
         return Ask(self._state.number + 1, "fit", role, values=values, check=check)
 
     def _taken(self, report: FitReport, learner: Learner) -> list[dict[str, float]]:

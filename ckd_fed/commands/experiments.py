@@ -41,10 +41,15 @@ def _sweep(arguments: argparse.Namespace) -> None:
     planned = jobs(recipe, arguments.dataset or ["baby"], arguments.backbone or ["vbpr"], seeds, overrides)
     folder = output_folder(arguments.output, runs_directory().parent / "sweeps" / recipe.name)
     if arguments.dry_run:
-        from ckd_fed.data.locate import resolve_for_data
+        from ckd_fed.backbones.build import check_options
+        from ckd_fed.config import resolve
+        from ckd_fed.data.locate import STANDINS, locate
 
         for job in planned:
-            resolve_for_data(job.overrides)
+            config = resolve(job.overrides)
+            check_options(job.backbone, config.model)
+            if job.dataset not in STANDINS:  # a stand-in would be generated
+                locate(config)
         for job in planned:
             print(job.run)
         return

@@ -32,10 +32,10 @@ def plot_report(report: Report, path: Path) -> None:
     lengths.legend()
     measured = {name: one.signal for name, one in report.modalities.items() if one.signal is not None}
     at = np.arange(len(measured))
-    signal.bar(at - 0.2, [one.recall for one in measured.values()], 0.4, yerr=[one.error for one in measured.values()], label="features")
+    signal.bar(at - 0.2, [one.recall for one in measured.values()], 0.4, label="features")
     signal.bar(at + 0.2, [one.shuffled for one in measured.values()], 0.4, label="shuffled")
     signal.set(ylabel="recall@20 of the nearest items")
-    signal.set_xticks(at, list(measured))
+    signal.set_xticks(at, [f"{name}\n{one.recall - one.shuffled:+.4f} ± {one.error:.4f}" for name, one in measured.items()])
     signal.legend()
     try:
         figure.savefig(path, dpi=120)

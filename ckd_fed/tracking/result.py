@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _VAL = "readout/val/"
+_METRIC = "recall@20"
 
 # Prefixes of test metrics that are of other rankings than the joint one over all items, in words.
 OTHER_RANKINGS = {"calibrated/": "its views, calibrated", "warm/": "among trained items", "cold/": "among items never trained"}
@@ -64,9 +65,9 @@ class RunResult:
         for m in teachers:
             teacher = self.outcomes.get(f"teacher/{m}")
             if teacher:
-                values[f"teacher/{m}/recall@20"] = teacher.validation
-                if f"only/{m}/recall@20" in values:
-                    values[f"reached/{m}"] = ratio(values[f"only/{m}/recall@20"], teacher.validation)
+                values[f"teacher/{m}/{_METRIC}"] = teacher.validation
+                if f"only/{m}/{_METRIC}" in values:
+                    values[f"reached/{m}"] = ratio(values[f"only/{m}/{_METRIC}"], teacher.validation)
         return values
 
     def summary(self) -> dict[str, float]:
@@ -74,7 +75,7 @@ class RunResult:
         flat: dict[str, float] = {}
         for name, outcome in self.outcomes.items():
             flat[f"final/{name}/best_epoch"] = outcome.best_epoch
-            flat[f"final/{name}/val/recall@20"] = outcome.validation
+            flat[f"final/{name}/val/{_METRIC}"] = outcome.validation
             flat.update({f"final/{name}/test/{metric}": value for metric, value in outcome.test.items()})
             flat.update({f"final/{name}/{choice}": value for choice, value in outcome.readout.items()})
         flat.update({f"final/reached/{m}": value for m, value in self.reached("student").items()})
@@ -85,8 +86,8 @@ class RunResult:
         ratios = {}
         for m in self.modalities:
             teacher, taught = self.outcomes.get(f"teacher/{m}"), self.outcomes.get(student)
-            if teacher and taught and f"only/{m}/recall@20" in taught.test:
-                ratios[m] = ratio(taught.test[f"only/{m}/recall@20"], teacher.test["recall@20"])
+            if teacher and taught and f"only/{m}/{_METRIC}" in taught.test:
+                ratios[m] = ratio(taught.test[f"only/{m}/{_METRIC}"], teacher.test[_METRIC])
         return ratios
 
 

@@ -31,11 +31,16 @@ class Adam:
         learning_rate: of every step.
         row_tables: names of parameters of which whoever trains reads no row without :meth:`catch_up`; sparse gradients of others are made dense.
         rates: learning rates of some parameters of their own, by name; of none of the row tables.
+
+    Raises:
+        ValueError: of one of the row tables.
     """
 
     def __init__(self, module: nn.Module, learning_rate: float, row_tables: Collection[str] = (), rates: Mapping[str, float] | None = None) -> None:
         self.learning_rate = learning_rate
         self._rates = dict(rates or {})
+        if both := sorted(set(self._rates) & set(row_tables)):
+            raise ValueError(f"{', '.join(both)}: a table that is moved row by row has no learning rate of its own")
         self._parameters = dict(module.named_parameters())
         self._row_tables = frozenset(row_tables)
         self._state: dict[str, dict[str, Tensor]] = {}

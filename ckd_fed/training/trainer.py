@@ -18,7 +18,7 @@ from ckd_fed.data.interactions import Interactions
 from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
 from ckd_fed.distillation.effects import LOWEST
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput
-from ckd_fed.errors import TrainingError
+from ckd_fed.errors import TooLittleMemoryError, TrainingError
 from ckd_fed.evaluation.calibration import Calibration, calibrate, calibration_views, combine, view_name
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.per_user import rank_users
@@ -142,10 +142,10 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not _of_memory(error):
                 raise
-            raise TrainingError(
-                f"there is not enough memory for a step: {str(error).splitlines()[0][:200]}; lower training.batch-size={self.stream.batch_size}"
-                + (f" or distillation.batch-size={self.stream.kd_batch_size}" if self.stream.kd_batch_size else "")
-            ) from error
+            sizes = {"training.batch-size": self.stream.batch_size, "distillation.batch-size": self.stream.kd_batch_size}
+            lower = " or ".join(f"{key}={size}" for key, size in sizes.items() if size)
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise TooLittleMemoryError(f"there is not enough memory for a step: {reason}; lower {lower}") from error
         finally:
             self.optimizer.settle()
             self.optimizer.zero_grad()

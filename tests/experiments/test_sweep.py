@@ -324,9 +324,16 @@ def test_what_is_no_sweep_is_said(tmp_path, refuses, capsys):
 
 
 def test_a_dry_run_refuses_what_a_run_would(recipe, capsys):
-    main(["sweep", str(recipe), "--dataset", "toy", "--seeds", "1,2", "--dry-run"])
-    assert len(capsys.readouterr().out.splitlines()) == 4
-    for arguments, mention in ((["--seeds", "1,-1"], "seed is -1"), (["--dataset", "nope"], "unknown dataset 'nope'"), (["-c", "nope=1"], "'nope'")):
+    before = sorted(recipe.parent.rglob("*"))
+    main(["sweep", str(recipe), "--dataset", "toy", "--dataset", "baby", "--seeds", "1,2", "--dry-run"])
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert sorted(recipe.parent.rglob("*")) == before
+    for arguments, mention in (
+        (["--seeds", "1,-1"], "seed is -1"),
+        (["--dataset", "nope"], "unknown dataset 'nope'"),
+        (["-c", "nope=1"], "'nope'"),
+        (["-c", "model.nope=1"], "'nope'"),
+    ):
         with pytest.raises(SystemExit):
             main(["sweep", str(recipe), "--dataset", "toy", "--dry-run", *arguments])
         caught = capsys.readouterr()

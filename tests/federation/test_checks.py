@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
+from ckd_fed.config import resolve
 from ckd_fed.errors import ReplyError
+from ckd_fed.training.early_stopping import EarlyStopping
+from ckd_fed.wire import Reply, Stamp
+from server.checks import check_fit, check_worker
 
 QUICK = {
     "dataset": "toy",
@@ -146,10 +150,11 @@ def test_answers_to_something_else(action, change, mention, refused):
         ("evaluate", edit("reply", n_users=0), "n-users is 0, it was asked about"),
         ("fit", edit("reply", epoch=0), "epoch"),
         ("fit", edit("reply", epoch=500), "epoch 500"),
-        ("fit", edit("reply", best_epoch=3), "best 3"),
-        ("fit", edit("reply", done=False), "not converged; its validations say epoch 4"),
-        ("fit", edit("metrics", gain=[7.0, 0.0]), "has gain 7"),
-        ("fit", edit("metrics", epoch=[0.1, 4.0]), "validations are of epochs [0.1, 4.0], those due are [2, 4]"),
+        ("fit", edit("reply", best_epoch=3), "the epoch of its best is 3; its last gain is at epoch"),
+        ("fit", edit("reply", done=False), "stopped at epoch 4 without having converged"),
+        ("fit", edit("metrics", gain=[7.0, 0.0]), "its gains are [7.0, 0.0]"),
+        ("fit", edit("metrics", gain=[0.0, 0.0]), "the epoch of its best is"),
+        ("fit", edit("metrics", epoch=[0.1, 4.0]), "validations are of epochs [0.1, 4.0]; those due are [2, 4]"),
         ("fit", edit("reply", done=1), "true or false"),
         ("fit", edit("metrics", **{"val/recall@20": [0.5]}), "lists of one length"),
         ("fit", edit("metrics", **{"val/recall@20": [float("inf"), 0.1]}), "finite"),
@@ -226,3 +231,47 @@ def test_a_reply_of_an_earlier_round_is_not_used(refused):
         return Message(old.content, reply_to=message)
 
     assert "instead of" in refused("score", replay)
+
+
+@pytest.mark.parametrize(
+    ("gains", "best", "done", "fine"),
+    [
+        ([0, 0], 40, False, True),  # the server knew of a best at 45: another node trained it again, to rounding
+        ([1, 0], 55, False, True),
+        ([0, 1], 60, True, True),
+        ([0], 45, True, True),
+        ([0], 45, False, False),
+        ([1, 0], 60, False, False),
+        ([0, 0], 55, False, False),
+        ([0, 0, 0], 45, False, False),
+    ],
+)
+def test_a_teachers_early_stopping_is_its_own(gains, best, done, fine):
+    config = resolve({"dataset": "toy", "federation.teacher-epochs": 10, "training.validate-every": 5}, {})
+    rows = {"epoch": [55.0 + 5 * n for n in range(len(gains))], "gain": [float(g) for g in gains], "loss/total": [0.1] * len(gains)}
+    rows["val/recall@20"] = [0.08] * len(gains)
+    values = {"epoch": 50 + 5 * len(gains), "best-epoch": best, "done": done}
+    reply = Reply(Stamp("r", "fit", 3, "teacher/text", "0"), values, rows, {}, 0, 0.0, None)
+    if fine:
+        assert check_fit(reply, config, 50).best_epoch == best
+    else:
+        with pytest.raises(ReplyError):
+            check_fit(reply, config, 50)
+
+
+def test_parameters_of_a_best_validation_are_those_of_the_same_model():
+    config = resolve({"dataset": "toy", "training.validate-every": 5, "training.batch-size": 8}, {})
+    table = np.ones((3, 2), dtype=np.float32)
+    rows = {"epoch": [5.0, 10.0], "gain": [1.0, 0.0], "val/recall@20": [0.2, 0.1]}
+    values = {"epoch": 10, "samples": 10 * 4 * 8, "fresh-optimizer": False}
+
+    def checked(best):
+        arrays = {
+            name: Array(dtype="<f4", shape=one.shape, stype="raw", data=one.tobytes()) for name, one in {"weights/t": table, "best/t": best}.items()
+        }
+        reply = Reply(Stamp("r", "distil", 3, "student/0", "0"), values, rows, arrays, 0, 0.0, None)
+        return check_worker(reply, config, before=0, epochs=10, steps=4, required=[], taught=[], like=None, stopping=EarlyStopping(10))
+
+    np.testing.assert_array_equal(checked(2 * table).best["t"], 2 * table)
+    with pytest.raises(ReplyError, match="shape"):
+        checked(table[:2])

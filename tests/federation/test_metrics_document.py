@@ -24,7 +24,7 @@ SMALL = {
 
 def documented():
     patterns = []
-    for name in re.findall(r"`([\w/<>@]+)`", DOCUMENT.read_text()):
+    for name in set(re.findall(r"`([\w/<>@]+)`", DOCUMENT.read_text())) - set(PLACES):
         pattern = re.escape(name)
         for place, what in PLACES.items():
             pattern = pattern.replace(re.escape(place), what)

@@ -401,7 +401,9 @@ def test_a_nan_in_a_sheet_stops_training(make_trainer, sheets, refuses):
     refuses(TrainingError, lambda: trainer.train_epoch(0, margins), "loss/kd became nan", "epoch 1", "distillation.rho")
 
 
-@pytest.mark.parametrize("error", [MemoryError("7.28 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"), ValueError("other")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), MemoryError("7.28 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"), ValueError("other")]
+)
 def test_too_little_memory_names_the_batch_sizes(error, make_trainer, sheets, monkeypatch):
     trainer = make_trainer(distilled=True)
     margins = sheets(trainer.stream.epoch(0))
