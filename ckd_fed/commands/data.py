@@ -172,6 +172,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from ckd_fed.home import expanded
 
     plot = expanded(arguments.plot, "--plot") if arguments.plot else None
+    if plot:
+        from ckd_fed.data.plot import check_format
+
+        check_format(plot)
     report = inspect(load_dataset(dataset_directory(arguments.dataset, arguments.home), at_least=0))
     print("\n".join(describe(report)))
     if plot:

@@ -15,8 +15,9 @@ def plot_report(report: Report, path: Path) -> None:
     """Draw a report into a file whose ending decides the format.
 
     Raises:
-        DataError: the format is unknown to matplotlib.
+        DataError: see :func:`check_format`.
     """
+    check_format(path)
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     degrees, lengths, signal = figure.subplots(1, 3)
     for name, degree in (("items of a user", report.user_degree), ("users of an item", report.item_degree)):
@@ -35,9 +36,20 @@ def plot_report(report: Report, path: Path) -> None:
     signal.bar(at - 0.2, [one.recall for one in measured.values()], 0.4, label="features")
     signal.bar(at + 0.2, [one.shuffled for one in measured.values()], 0.4, label="shuffled")
     signal.set(ylabel="recall@20 of the nearest items")
-    signal.set_xticks(at, [f"{name}\n{one.recall - one.shuffled:+.4f} ± {one.error:.4f}" for name, one in measured.items()])
+    differences = [f"{one.recall - one.shuffled:+.4f}" + ("" if np.isnan(one.error) else f" ± {one.error:.4f}") for one in measured.values()]
+    signal.set_xticks(at, [f"{name}\n{difference}" for name, difference in zip(measured, differences, strict=True)])
     signal.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise DataError(f"--plot {path}: {' '.join(str(error).split())}") from None
+    figure.savefig(path, dpi=120)
+
+
+def check_format(path: Path) -> None:
+    """Refuse a file that could not be drawn into.
+
+    Raises:
+        DataError: the format is unknown to matplotlib, or the folder is not there.
+    """
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise DataError(f"--plot {path}: {path.suffix or 'no ending'} is no format to draw in; use .png (or {', '.join(sorted(known))})")
+    if not path.parent.is_dir():
+        raise DataError(f"--plot {path}: the folder {path.parent} does not exist")

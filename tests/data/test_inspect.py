@@ -102,6 +102,15 @@ def test_one_user_is_no_signal(write_dataset, write_splits):
     plot_report(report, directory / "plot.png")  # without the error bar
 
 
+def test_a_plot_that_cannot_be_drawn_is_told_before_anything_is_measured(planted, tmp_path, capsys):
+    for plot, mention in ((tmp_path / "a.bad", ".bad is no format"), (tmp_path / "no" / "a.png", "does not exist")):
+        with pytest.raises(SystemExit):
+            main(["data", "inspect", str(planted), "--plot", str(plot)])
+        caught = capsys.readouterr()
+        assert mention in caught.err
+        assert caught.out == ""
+
+
 def test_a_signal_is_beyond_two_standard_errors():
     assert Signal(0.3, 0.1, 0.09, 50).carries
     assert not Signal(0.3, 0.1, 0.11, 50).carries

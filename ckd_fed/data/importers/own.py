@@ -134,11 +134,20 @@ def read_own(interactions: Path, features: Mapping[str, Path], options: Options)
     parts, rule, notes = split_interactions(table, user_ids, item_ids, options.rule, options.seed)
     modalities = {}
     sources = [interactions]
+    ids_from = {}
     for modality, path in features.items():
-        matrix, mask, said = align(read_vectors(path, options.id_column), item_ids, options.rows_are_ids)
+        vectors = read_vectors(path, options.id_column)
+        ids_from[path.name] = vectors.ids_from
+        matrix, mask, said = align(vectors, item_ids, options.rows_are_ids)
+        del vectors  # one table's rows beside what is kept of all
         modalities[modality] = ModalityDraft(matrix, mask, path.name)
         notes += said
         sources += [path, *([place] if (place := sidecar(path)) is not None else [])]
+    if options.id_column and options.id_column not in ids_from.values():
+        named = ", ".join(f"{file} by {column!r}" for file, column in ids_from.items() if column)
+        raise DataError(
+            f"--id-column is {options.id_column!r}, where no feature table has its ids" + (f" (they go by others: {named})" if named else "")
+        )
     return Draft("own", user_ids, item_ids, parts, modalities, rule, sources, notes)
 
 

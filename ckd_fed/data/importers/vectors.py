@@ -32,12 +32,14 @@ class Vectors:
         ids: of the items, one a row; None if the file has none and rows are to be taken for ids.
         matrix: shape ``(rows, dimension)``, floats; NaN in a whole row where an item has no vector.
         notes: what was left out on reading, in words.
+        ids_from: name of the column or array that the ids come from; empty where they are not in the file.
     """
 
     path: Path
     ids: list[str] | None
     matrix: np.ndarray
     notes: tuple[str, ...] = ()
+    ids_from: str = ""
 
 
 def sidecar(path: Path) -> Path | None:
@@ -197,7 +199,7 @@ def _read_npz(path: Path, id_column: str) -> Vectors:
     except Exception as error:  # zlib.error, tokenize.TokenError and what else a damaged archive ends in
         raise DataError(f"{path} is no readable .npz file ({type(error).__name__})") from None
     features, ids = _pick(path, list(arrays), {name: array.ndim for name, array in arrays.items()}, id_column)
-    return Vectors(path, _id_list(path, arrays[ids]) if ids else _sidecar_ids(path), arrays[features])
+    return Vectors(path, _id_list(path, arrays[ids]) if ids else _sidecar_ids(path), arrays[features], ids_from=ids or "")
 
 
 def _read_safetensors(path: Path, id_column: str) -> Vectors:
@@ -213,7 +215,7 @@ def _read_safetensors(path: Path, id_column: str) -> Vectors:
     if ids and listed is not None and ids != id_column:
         raise DataError(f"{path} has ids in the tensor {ids!r} and in its metadata; say --id-column {ids} if the tensor's are meant")
     if ids:
-        return Vectors(path, _id_list(path, arrays[ids]), arrays[features])
+        return Vectors(path, _id_list(path, arrays[ids]), arrays[features], ids_from=ids)
     if listed is None:
         return Vectors(path, _sidecar_ids(path), arrays[features])
     try:
@@ -266,7 +268,7 @@ def _read_parquet(path: Path, id_column: str) -> Vectors:
                 matrix[:start] = np.nan
             if matrix.shape[1]:
                 matrix[start : len(ids)] = block
-    return Vectors(path, ids, matrix, notes)
+    return Vectors(path, ids, matrix, notes, file.schema_arrow.names[at])
 
 
 def _allocate(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray:
@@ -315,7 +317,7 @@ def _read_text(path: Path, id_column: str) -> Vectors:
             raise DataError(f"{path}, line {line}: {names[keep[wrong]]} is {row[wrong][:40]!r}; a number is needed") from None
     if not blocks:
         raise DataError(f"{path} has a header but no rows")
-    return Vectors(path, ids, np.stack(blocks), notes)
+    return Vectors(path, ids, np.stack(blocks), notes, names[at])
 
 
 def _from_cells(cells: Sequence[str]) -> np.ndarray:

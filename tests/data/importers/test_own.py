@@ -404,6 +404,10 @@ def test_a_column_of_ids_that_is_named_may_be_one_tables_alone(own, problem, bri
     same(bring(own, id_column="what"))
 
 
+def test_a_column_of_ids_that_no_table_has_is_told(own, bring, refuses):
+    refuses(DataError, lambda: bring(own, id_column="nope"), "--id-column is 'nope'", "image.parquet by", "text.npz by")
+
+
 @pytest.mark.parametrize("ending", [".csv", ".npz", ".safetensors", ".parquet"])
 def test_of_several_ids_none_is_chosen_by_luck(own, problem, bring, refuses, ending):
     (own / "image.parquet").unlink()
