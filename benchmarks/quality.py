@@ -41,11 +41,13 @@ from ckd_fed.data.locate import open_dataset
 from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.evaluation.calibration import calibration_views, combine, view_name
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.evaluation.per_user import rank_users
 from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.fit import Fit, Sheets
 from ckd_fed.training.fit_state import fit_state, restore_fit
-from ckd_fed.training.trainer import METRIC, Trainer, Values
+from ckd_fed.training.means import Values
+from ckd_fed.training.trainer import Trainer
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "docs" / "results.jsonl"

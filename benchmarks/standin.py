@@ -31,7 +31,7 @@ from ckd_fed.data.triples import StepTriples
 from ckd_fed.distillation.margins import DTYPES, margin_sheet
 from ckd_fed.training.build import build_fit, build_trainer
 from ckd_fed.training.fit import Fit, Sheets
-from ckd_fed.training.trainer import Values
+from ckd_fed.training.means import Values
 
 STRONG, WEAK = "text", "image"
 RECALL, NDCG = "recall@20", "ndcg@20"

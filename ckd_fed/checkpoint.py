@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ckd_fed.errors import DataError
-from ckd_fed.home import write_atomically
+from ckd_fed.files import write_atomically
 
 
 def save_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any], *, private: bool = False) -> None:
@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], state: Mapping
         path: of the file.
         arrays: by name.
         state: beside them.
-        private: for its owner alone, see :func:`~ckd_fed.home.write_atomically`.
+        private: for its owner alone, see :func:`~ckd_fed.files.write_atomically`.
     """
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
     write_atomically(path, save(contiguous, metadata={"state": json.dumps(state)}), private=private)

@@ -104,7 +104,8 @@ def toml_overrides(values: dict[str, Any]) -> str:
     Raises:
         ConfigError: a string with both kinds of quotes, which Flower's command cannot take.
     """
-    return " ".join(f"{key}={_toml(key, value)}" for key, value in ((key.replace("_", "-"), value) for key, value in values.items()))
+    hyphenated = {key.replace("_", "-"): value for key, value in values.items()}
+    return " ".join(f"{key}={_toml(key, value)}" for key, value in hyphenated.items())
 
 
 def _toml(key: str, value: Any) -> str:

@@ -267,7 +267,7 @@ class Config:
             raise ConfigError(f"data.modalities is {self.data.modalities!r}; a modality is named twice")
         if self.distillation.enabled and not (self.distillation.specific or self.distillation.generic):
             raise ConfigError("distillation.specific and distillation.generic are both false; set distillation.enabled=false for no distillation")
-        _check_device(self.training.device)
+        check_device(self.training.device)
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -304,56 +304,14 @@ class Config:
         return yaml.safe_dump(tree, sort_keys=False)
 
 
-@dataclass(frozen=True)
-class Key:
-    """What ``ckd-fed config --keys`` says of a key.
+def check_device(device: str, key: str = "training.device") -> None:
+    """See that a device is one that a machine could have.
 
-    Attributes:
-        name: dotted and hyphenated.
-        default: its value where nothing sets it.
-        allowed: type, range or choices, in words.
-        help: what it means.
+    Raises:
+        ConfigError: it is none of auto, cpu, cuda and cuda:N.
     """
-
-    name: str
-    default: Scalar
-    allowed: str
-    help: str
-
-
-def described_sections() -> dict[str, list[Key]]:
-    """Heading of a section -> its keys, for all but ``model.*``; headings and meanings have names in backticks."""
-    found = {"What is run": _described(Config, "")}
-    for name, owner in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(owner) and isinstance(owner, type):
-            found[(owner.__doc__ or name).replace("``", "`").rstrip(".")] = _described(owner, f"{name}.")
-    return found
-
-
-def _described(owner: type, prefix: str) -> list[Key]:
-    hints = get_type_hints(owner)
-    return [
-        Key((prefix + item.name).replace("_", "-"), getattr(owner, item.name), in_words(hints[item.name], item.metadata), item.metadata["help"])
-        for item in fields(owner)
-        if "help" in item.metadata
-    ]
-
-
-def in_words(kind: type, rules: Mapping[str, Any]) -> str:
-    """The values that a key of some type may have, for example ``whole number, at least 1``."""
-    if "allowed" in rules:
-        return str(rules["allowed"])
-    if "choices" in rules:
-        *first, last = rules["choices"]
-        return f"{', '.join(first)} or {last}"
-    noun = {bool: "true or false", int: "whole number", float: "number"}.get(kind, "text")
-    limits = {"low": "at least", "above": "above", "below": "below", "high": "at most"}
-    return ", ".join([noun, *(f"{word} {rules[rule]}" for rule, word in limits.items() if rule in rules)])
-
-
-def _check_device(device: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:([0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]))?", device):  # torch counts devices in a byte
-        raise ConfigError(unknown("training.device", device, ["auto", "cpu", "cuda", "cuda:N"]))
+        raise ConfigError(unknown(key, device, ["auto", "cpu", "cuda", "cuda:N"]))
 
 
 def _walk(config: Any, prefix: str) -> Iterator[tuple[str, Scalar]]:

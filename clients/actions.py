@@ -20,7 +20,8 @@ from ckd_fed.evaluation.tested import Tested
 from ckd_fed.training.build import triple_stream
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.fit import Fit
-from ckd_fed.training.trainer import Means, Trainer
+from ckd_fed.training.means import Means
+from ckd_fed.training.trainer import Trainer
 from ckd_fed.wire import Request, Stamp, margin_dtype, read_request, refusal, reply
 from clients.catch_up import best_of, catch_up
 from clients.node import Node

@@ -8,8 +8,8 @@ rounding that training carries on elsewhere: on other machines, and on any GPU, 
 from __future__ import annotations
 
 from ckd_fed.errors import ReplyError
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.training.fit import Fit
-from ckd_fed.training.trainer import METRIC
 from ckd_fed.wire import Request
 from clients.node import Node
 

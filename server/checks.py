@@ -11,11 +11,10 @@ import numpy as np
 
 from ckd_fed.config import Config
 from ckd_fed.errors import ReplyError
-from ckd_fed.evaluation.metrics import metric_keys
+from ckd_fed.evaluation.metrics import METRIC, metric_keys
 from ckd_fed.evaluation.tested import UserTest
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.fit import validations_due
-from ckd_fed.training.trainer import METRIC
 from ckd_fed.wire import NodeCard, Reply, margin_dtype, read_json
 
 _WIDEST = 2**16

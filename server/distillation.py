@@ -10,10 +10,10 @@ from functools import partial
 
 from ckd_fed.analysis.users import user_table
 from ckd_fed.errors import DataError, ReplyError
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.evaluation.tested import merge_shares
 from ckd_fed.tracking.result import Outcome
 from ckd_fed.training.fit import validations_due
-from ckd_fed.training.trainer import METRIC
 from server.checks import Sheets, check_sheets, check_worker, disagreement
 from server.evaluation import Evaluation
 from server.exchange import Ask

@@ -7,8 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from ckd_fed.evaluation.metrics import RankingMetrics, metric_keys
-from ckd_fed.training.trainer import METRIC
+from ckd_fed.evaluation.metrics import METRIC, RankingMetrics, metric_keys
 from ckd_fed.wire import Reply
 from server.checks import Sums, check_evaluation
 from server.exchange import Ask

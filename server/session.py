@@ -25,6 +25,7 @@ from server.checkpoints import FINISHED, RunState, load_state
 from server.enrolment import Plan, different_features, enrol, full_name
 from server.exchange import Exchange
 from server.federation import Federation
+from server.roster import Roster
 from server.traffic import traffic_lines
 
 # What Flower does when the SuperLink refuses the ServerApp's token: it sends itself SIGINT and exits with status 0.
@@ -111,7 +112,7 @@ def _run(exchange: Exchange, plan: Plan, directory: Path, state: RunState, flowe
         result = federation.run()
         for line in traffic_lines(state, plan, config):
             write(line)
-        record.finish(result, federation.elapsed)
+        record.finish(result, federation.rounds.elapsed)
     except BaseException as error:
         reason = _ENDED if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         record.fail(reason)
@@ -125,18 +126,18 @@ def _run(exchange: Exchange, plan: Plan, directory: Path, state: RunState, flowe
         if config.tracking.report:
             report_quietly(record.directory, write)
     federation.finish()
-    _forget(exchange, federation, write)
+    _forget(exchange, federation.rounds.roster, write)
     return Session(result, federation)
 
 
-def _forget(exchange: Exchange, federation: Federation, write: Callable[[str], None]) -> None:
+def _forget(exchange: Exchange, roster: Roster, write: Callable[[str], None]) -> None:
     """Have the nodes delete their workspaces of a run that is finished. Whether they do changes nothing for it."""
     try:
-        kept = exchange.tell("forget", sorted(federation.roster.cards), _FORGET_SECONDS)
+        kept = exchange.tell("forget", sorted(roster.cards), _FORGET_SECONDS)
     except Exception as error:  # above all a SuperLink that has gone
-        kept = dict.fromkeys(federation.roster.cards, f"{type(error).__name__}: {error}")
+        kept = dict.fromkeys(roster.cards, f"{type(error).__name__}: {error}")
     for node, reason in kept.items():
-        write(f"NOTE: {full_name(node, federation.roster.cards[node])} may keep its workspace/{exchange.run}, which can be deleted there ({reason})")
+        write(f"NOTE: {full_name(node, roster.cards[node])} may keep its workspace/{exchange.run}, which can be deleted there ({reason})")
 
 
 def resumed(asked: Config, given: Mapping[str, Any]) -> tuple[Config, RunState]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ckd_fed.errors import ReplyError
-from ckd_fed.training.trainer import METRIC
+from ckd_fed.evaluation.metrics import METRIC
 from server.checks import WorkerReport
 from server.evaluation import Evaluation
 from server.recovery import Round

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from functools import partial
 
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.tracking.result import Outcome
-from ckd_fed.training.trainer import METRIC
 from server.checkpoints import DISTILLATION, Learner
 from server.checks import FitReport, TestReport, check_fit, check_test
 from server.exchange import Ask

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ckd_fed import config as module
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.cli import parse_overrides, toml_overrides
-from ckd_fed.config import Config, configs_directory, described_sections, flatten, in_words, read_recipe, resolve, restore
+from ckd_fed.commands.keys import described_sections, in_words
+from ckd_fed.config import Config, configs_directory, flatten, read_recipe, resolve, restore
 from ckd_fed.errors import ConfigError
 
 REAL = configs_directory()

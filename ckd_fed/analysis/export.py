@@ -12,7 +12,7 @@ from ckd_fed.analysis.history import RunHistory
 from ckd_fed.analysis.recommend import seen_items, top_lists
 from ckd_fed.analysis.student import Student
 from ckd_fed.errors import ConfigError
-from ckd_fed.home import write_atomically
+from ckd_fed.files import write_atomically
 
 EMBEDDINGS, LISTS, USERS, ITEMS = "embeddings.safetensors", "top_items.jsonl", "users.json", "items.json"
 _USERS_AT_A_TIME = 4096

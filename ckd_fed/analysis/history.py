@@ -13,10 +13,10 @@ import yaml
 from ckd_fed.analysis.locate import RECORD
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.errors import DataError
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.tracking.record import read_rows
 
 Row = Mapping[str, Any]
-METRIC = "recall@20"
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ckd_fed.config import Config
 from ckd_fed.errors import DataError, unknown
-from ckd_fed.home import check_folder, expanded, home
+from ckd_fed.files import expanded
+from ckd_fed.home import home
 
 RECORD = "metrics.jsonl"
 
@@ -21,32 +19,6 @@ def runs_directory() -> Path:
         ConfigError: that is no absolute path, or no folder.
     """
     return home(Config()) / "runs"
-
-
-@contextmanager
-def home_given(text: str) -> Iterator[None]:
-    """Within it, the value of ``--home`` counts for $CKD_FED_HOME: for runs by name, and for the data of a run that names no home.
-
-    Args:
-        text: a folder, also a relative one; empty leaves all as it is.
-
-    Raises:
-        ConfigError: it can be no folder.
-    """
-    if not text:
-        yield
-        return
-    path = expanded(text, "--home").absolute()
-    check_folder(path, "--home")
-    before = os.environ.get("CKD_FED_HOME")
-    os.environ["CKD_FED_HOME"] = str(path)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CKD_FED_HOME"]
-        else:
-            os.environ["CKD_FED_HOME"] = before
 
 
 def list_runs(root: Path) -> list[Path]:

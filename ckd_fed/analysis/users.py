@@ -14,7 +14,7 @@ import numpy as np
 
 from ckd_fed.errors import DataError
 from ckd_fed.evaluation.tested import UserTest
-from ckd_fed.home import write_atomically
+from ckd_fed.files import write_atomically
 
 FILE = "test_users.npz"
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
-from inspect import Parameter, cleandoc, signature
+from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 
 from ckd_fed.backbones import backbone_target
 from ckd_fed.backbones.base import Backbone
-from ckd_fed.config import Key, in_words, resolve
 from ckd_fed.data.dataset import check_modality
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import ConfigError, unknown
@@ -51,6 +49,12 @@ def importable(name: str) -> bool:
     return True
 
 
+def options_of(name: str) -> dict[str, Parameter]:
+    """What a backbone's constructor takes by keyword only, but for ``present``, which is no option."""
+    parameters = signature(backbone_class(name)).parameters.values()
+    return {one.name: one for one in parameters if one.kind is Parameter.KEYWORD_ONLY and one.name != "present"}
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Check a backbone's options as far as that goes without building it: names, types and signs.
 
@@ -61,23 +65,12 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: unknown backbone or option, or a value that the option cannot have; the message names the key and the choices.
     """
-    known = _options(name)
+    known = options_of(name)
     for option, value in options.items():
         parameter = known.get(option.replace("-", "_"))
         if parameter is None:
             raise ConfigError(unknown(f"option of backbone {name}", option.replace("_", "-"), (one.replace("_", "-") for one in known)))
         _check_option(f"model.{option.replace('_', '-')}", value, type(parameter.default))
-
-
-def described_options(name: str) -> list[Key]:
-    """The options of a backbone that comes with this package; defaults are those of a run, with ``configs/backbones/<name>.yaml``."""
-    configured, lows = resolve({"backbone": name}).model, {int: 1, float: 0}
-    found = []
-    for option, parameter in _options(name).items():
-        kind = type(parameter.default)
-        allowed = in_words(kind, {"low": lows[kind]} if kind in lows else {})
-        found.append(Key(f"model.{option.replace('_', '-')}", configured.get(option, parameter.default), allowed, _meaning(name, option)))
-    return found
 
 
 def build_backbone(
@@ -139,31 +132,6 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does a backbone write to its features
         return torch.from_numpy(array)
-
-
-def _options(name: str) -> dict[str, Parameter]:
-    """What a backbone's constructor takes by keyword only, but for ``present``, which is no option."""
-    parameters = signature(backbone_class(name)).parameters.values()
-    return {one.name: one for one in parameters if one.kind is Parameter.KEYWORD_ONLY and one.name != "present"}
-
-
-def _meaning(name: str, option: str) -> str:
-    """What the docstring of a backbone's class says of an option, or that of a base class where it refers to one."""
-    for owner in backbone_class(name).__mro__:
-        text = _arguments(owner).get(option, "see ")
-        if not text.startswith("see "):
-            return text
-    return ""
-
-
-def _arguments(owner: type) -> dict[str, str]:
-    """Parameter -> its text in the ``Args`` of a class's docstring, on one line and with names in backticks."""
-    _, _, section = cleandoc(owner.__doc__ or "").partition("\nArgs:\n")
-    found = {}
-    for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {5,}.+)*)", section.split("\n\n")[0], flags=re.MULTILINE):
-        plain = re.sub(r":\w+:`~?[\w.]*?(\w+)`", r"`\1`", " ".join(text.split())).replace("``", "`")
-        found.update(dict.fromkeys(names.split(", "), plain))
-    return found
 
 
 def _check_option(key: str, value: Any, kind: type) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ckd_fed.commands.places import at_home, home_option
 from ckd_fed.errors import ConfigError, DataError
 
 # Heavy imports happen in the commands that need them, so that --help stays quick.
@@ -19,8 +20,7 @@ def add_commands(commands: Subparsers) -> None:
     """Add ``data`` and its subcommands to the command's parser."""
     group = commands.add_parser("data", help="import, inspect and lay out datasets")
     data = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    home = argparse.ArgumentParser(add_help=False)
-    home.add_argument("--home", default="", metavar="DIR", help="instead of $CKD_FED_HOME or ~/.ckd_fed; datasets are in its data/")
+    home = home_option("datasets are in its data/")
     _add_import(data, home)
     _add_fetch(data, home)
     _add_prepare(data, home)
@@ -29,24 +29,24 @@ def add_commands(commands: Subparsers) -> None:
     _add_silos(data, home)
 
 
-def data_directory(given: str) -> Path:
+def data_directory() -> Path:
     """``<home>/data``."""
     from ckd_fed.config import Config
-    from ckd_fed.home import expanded, home
+    from ckd_fed.home import home
 
-    return home(Config(home=str(expanded(given, "--home").absolute()) if given else "")) / "data"
+    return home(Config()) / "data"
 
 
-def dataset_directory(name: str, given_home: str) -> Path:
+def dataset_directory(name: str) -> Path:
     """The folder of a dataset that the user names: an existing folder, or a name under ``<home>/data``.
 
     Raises:
         DataError: there is none.
     """
     from ckd_fed.errors import unknown
-    from ckd_fed.home import expanded
+    from ckd_fed.files import expanded
 
-    root = data_directory(given_home)
+    root = data_directory()
     if "/" in name or name in (".", ".."):
         path = expanded(name, "the dataset")
         if not path.is_dir():
@@ -60,13 +60,13 @@ def dataset_directory(name: str, given_home: str) -> Path:
 
 def sources_directory(arguments: argparse.Namespace, option: str) -> Path:
     """Where a publisher's files are: the folder given with an option, else ``<home>/sources/<dataset>``."""
-    from ckd_fed.home import check_folder, expanded
+    from ckd_fed.files import check_folder, expanded
 
     if arguments.directory:
         path = expanded(arguments.directory, option)
         check_folder(path, option)
         return path
-    return data_directory(arguments.home).parent / "sources" / str(arguments.dataset)
+    return data_directory().parent / "sources" / str(arguments.dataset)
 
 
 def _add_import(data: Subparsers, home: argparse.ArgumentParser) -> None:
@@ -94,17 +94,17 @@ def _add_import(data: Subparsers, home: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--rows-are-ids", action="store_true", help="row k of a .npy, .npz or .safetensors without ids belongs to the item with the id k"
     )
-    command.set_defaults(action=_import)
+    command.set_defaults(action=at_home(_import))
 
 
 def _import(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.draft import check_name, write_draft
     from ckd_fed.data.importers.detect import read_draft
     from ckd_fed.data.importers.own import Options
-    from ckd_fed.home import expanded
+    from ckd_fed.files import expanded
 
     check_name(arguments.name)
-    destination = data_directory(arguments.home) / arguments.name
+    destination = data_directory() / arguments.name
     if destination.exists() and not arguments.replace:  # before minutes of reading
         raise DataError(f"{destination} exists; choose another name, or say --replace to put this dataset in its place")
     if arguments.seed < 0:
@@ -163,20 +163,20 @@ def _add_inspect(data: Subparsers, home: argparse.ArgumentParser) -> None:
     command = data.add_parser("inspect", parents=[home], help="measure a dataset and say what is wrong with it")
     command.add_argument("dataset", metavar="NAME|DIR", help="a name under the home's data/, or a folder's path with a slash in it")
     command.add_argument("--plot", default="", metavar="FILE.png", help="also draw it")
-    command.set_defaults(action=_inspect)
+    command.set_defaults(action=at_home(_inspect))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.dataset import load_dataset
     from ckd_fed.data.inspect import describe, inspect
-    from ckd_fed.home import expanded
+    from ckd_fed.files import expanded
 
     plot = expanded(arguments.plot, "--plot") if arguments.plot else None
     if plot:
         from ckd_fed.data.plot import check_format
 
         check_format(plot)
-    report = inspect(load_dataset(dataset_directory(arguments.dataset, arguments.home), at_least=0))
+    report = inspect(load_dataset(dataset_directory(arguments.dataset), at_least=0))
     print("\n".join(describe(report)))
     if plot:
         from ckd_fed.data.plot import plot_report
@@ -194,16 +194,16 @@ def _add_silos(data: Subparsers, home: argparse.ArgumentParser) -> None:
     )
     command.add_argument("dataset", metavar="NAME|DIR", help="a name under the home's data/, or a folder's path with a slash in it")
     command.add_argument("directory", metavar="DIR", help="folder to make")
-    command.set_defaults(action=_silos)
+    command.set_defaults(action=at_home(_silos))
 
 
 def _silos(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.silos import STUDENT, split_by_modality
-    from ckd_fed.home import check_folder, expanded
+    from ckd_fed.files import check_folder, expanded
 
     destination = expanded(arguments.directory, "DIR").absolute()
     check_folder(destination.parent, "the folder above DIR")
-    for folder, files in split_by_modality(dataset_directory(arguments.dataset, arguments.home), destination).items():
+    for folder, files in split_by_modality(dataset_directory(arguments.dataset), destination).items():
         role = 'role="student"' if folder == STUDENT else f'role="teacher" modality="{folder.partition("-")[2]}"'
         print(f"{destination / folder}: {', '.join(files)}")
         print(f"  flower-supernode … --node-config '{role} data-dir=\"<where this folder goes>\"'")
@@ -236,17 +236,17 @@ def _add_prepare(data: Subparsers, home: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=123, help="of the split rule (123)")
     command.add_argument("--dtype", choices=["float16", "float32"], default="", help="of the features on disk")
     command.add_argument("--replace", action="store_true", help="put it in the place of a dataset of that name")
-    command.set_defaults(action=_prepare)
+    command.set_defaults(action=at_home(_prepare))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from ckd_fed.data.draft import check_name, write_draft
     from ckd_fed.data.prepare import prepare
-    from ckd_fed.home import expanded
+    from ckd_fed.files import expanded
 
     name = arguments.name or arguments.dataset
     check_name(name)
-    destination = data_directory(arguments.home) / name
+    destination = data_directory() / name
     if destination.exists() and not arguments.replace:
         raise DataError(f"{destination} exists; choose another name, or say --replace to put this dataset in its place")
     if arguments.seed < 0:
@@ -285,7 +285,7 @@ def _add_fetch(data: Subparsers, home: argparse.ArgumentParser) -> None:
     )
     command.add_argument("dataset", metavar="NAME", help="baby, sports, clothing or beauty")
     command.add_argument("--to", default="", dest="directory", metavar="DIR", help="by default the home's sources/NAME")
-    command.set_defaults(action=_fetch)
+    command.set_defaults(action=at_home(_fetch))
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
@@ -326,7 +326,7 @@ def _add_transform(data: Subparsers, home: argparse.ArgumentParser) -> None:
     command.add_argument("--as", required=True, dest="name", metavar="NAME", help="name of the dataset to make")
     command.add_argument("--dtype", choices=["float16", "float32"], default="", help="of the features on disk; by default as they come")
     command.add_argument("--replace", action="store_true", help="put it in the place of a dataset of that name")
-    command.set_defaults(action=_transform)
+    command.set_defaults(action=at_home(_transform))
 
 
 def _transform(arguments: argparse.Namespace) -> None:
@@ -335,6 +335,6 @@ def _transform(arguments: argparse.Namespace) -> None:
 
     check_name(arguments.name)
     transforms = _assignments("transform", arguments.transforms, "image=center")
-    destination = data_directory(arguments.home) / arguments.name
-    draft = transformed_draft(dataset_directory(arguments.dataset, arguments.home), transforms)
+    destination = data_directory() / arguments.name
+    draft = transformed_draft(dataset_directory(arguments.dataset), transforms)
     print_summary(destination, write_draft(draft, destination, dtype=arguments.dtype, replace=arguments.replace))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ckd_fed.commands.results import at_home, home_option, output_folder
+from ckd_fed.commands.places import at_home, home_option, output_folder
 
 
 def add_commands(commands: Any) -> None:
     """Add this family to the command's sub-parsers."""
-    home = home_option()
+    home = home_option("runs are in its runs/")
     recommend = commands.add_parser("recommend", parents=[home], help="a run's recommendations for a user, and which modality speaks for each")
     recommend.add_argument("run", metavar="RUN", help="name of a run, or its folder")
     recommend.add_argument(

@@ -27,7 +27,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     from ckd_fed.analysis.locate import runs_directory
     from ckd_fed.cli import parse_overrides
-    from ckd_fed.commands.results import output_folder
+    from ckd_fed.commands.places import output_folder
     from ckd_fed.errors import CkdError, ConfigError
     from ckd_fed.experiments.recipe import Job, jobs, read_sweep, refuse_own_keys
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Action = Callable[[argparse.Namespace], None]
+from ckd_fed.commands.places import at_home, home_option, output_folder
 
 
 def add_commands(commands: Any) -> None:
     """Add this family to the command's sub-parsers."""
-    home = home_option()
+    home = home_option("runs are in its runs/")
     report = commands.add_parser("report", parents=[home], help="write a run's report: one HTML file and a PNG of each figure")
     report.add_argument("run", metavar="RUN", help="name of a run, or its folder")
     report.add_argument("--output", metavar="DIR", help="folder to write to; by default report/ in the run's folder")
@@ -26,40 +25,6 @@ def add_commands(commands: Any) -> None:
     compare.add_argument("--metric", default="recall@20", help="for example recall@20, ndcg@10 (by default recall@20)")
     compare.add_argument("--plot", metavar="FILE.png", help="also write a PNG")
     compare.set_defaults(action=at_home(_compare))
-
-
-def home_option() -> argparse.ArgumentParser:
-    """A parent for the parsers of commands that look for runs by name."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--home", default="", metavar="DIR", help="instead of $CKD_FED_HOME or ~/.ckd_fed; runs are in its runs/")
-    return parser
-
-
-def at_home(action: Action) -> Action:
-    """The action of a command with :func:`home_option`, done where that says."""
-
-    def act(arguments: argparse.Namespace) -> None:
-        from ckd_fed.analysis.locate import home_given
-
-        with home_given(arguments.home):
-            action(arguments)
-
-    return act
-
-
-def output_folder(given: str | None, otherwise: Path) -> Path:
-    """The folder of ``--output``, or the one that is meant without it.
-
-    Raises:
-        ConfigError: it can be no folder.
-    """
-    from ckd_fed.home import check_folder, expanded
-
-    if not given:
-        return otherwise
-    path = expanded(given, "--output")
-    check_folder(path, "--output")
-    return path
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -75,9 +40,10 @@ def _runs(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ckd_fed.analysis.history import METRIC, read_history
+    from ckd_fed.analysis.history import read_history
     from ckd_fed.analysis.locate import RECORD, list_runs, runs_directory
     from ckd_fed.errors import DataError
+    from ckd_fed.evaluation.metrics import METRIC
 
     root = runs_directory()
     table = Table(title=f"runs in {escape(str(root))}", title_justify="left")
@@ -136,7 +102,7 @@ def _png(given: str) -> Path:
         ConfigError: it is called otherwise than a PNG, or cannot be a file.
     """
     from ckd_fed.errors import ConfigError
-    from ckd_fed.home import check_folder, expanded
+    from ckd_fed.files import check_folder, expanded
 
     path = expanded(given, "--plot")
     if path.suffix.lower() != ".png":

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ckd_fed.commands.results import at_home, home_option
+from ckd_fed.commands.places import at_home, home_option
 
 
 def add_commands(commands: Any) -> None:
     """Add this family to the command's sub-parsers."""
     wandb = commands.add_parser("wandb", help="Weights & Biases: replay a run")
     actions = wandb.add_subparsers(dest="wandb_action", required=True, metavar="ACTION")
-    replay = actions.add_parser("replay", parents=[home_option()], help="rebuild a W&B run from a run's metrics.jsonl")
+    replay = actions.add_parser("replay", parents=[home_option("runs are in its runs/")], help="rebuild a W&B run from a run's metrics.jsonl")
     replay.add_argument("run", metavar="RUN", help="name of a run, or its folder")
     replay.add_argument("--mode", choices=("auto", "online", "offline"), default="auto", help="auto: online with a key, else offline")
     replay.add_argument("--project", help="W&B project; by default the run's")

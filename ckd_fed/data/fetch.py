@@ -16,7 +16,7 @@ import yaml
 
 from ckd_fed.config import configs_directory
 from ckd_fed.errors import DataError, unknown
-from ckd_fed.home import held
+from ckd_fed.files import held
 
 ATTEMPTS = 6  # in a row without a byte
 _BLOCK = 1 << 18

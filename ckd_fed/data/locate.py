@@ -9,7 +9,8 @@ from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset, load_dataset
 from ckd_fed.data.standin import generate_standin
 from ckd_fed.errors import ConfigError, DataError, unknown
-from ckd_fed.home import expanded, home
+from ckd_fed.files import expanded
+from ckd_fed.home import home
 
 STANDINS = ("baby",)
 

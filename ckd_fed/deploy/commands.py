@@ -53,7 +53,7 @@ def _hosts(parser: argparse.ArgumentParser, where: str, install: str) -> None:
 def _init(arguments: argparse.Namespace) -> None:
     from ckd_fed.deploy.cluster import init_cluster
     from ckd_fed.deploy.plan import ClusterPlan, plan_nodes
-    from ckd_fed.home import expanded
+    from ckd_fed.files import expanded
 
     devices: dict[str, str] = {}
     for text in arguments.device:
@@ -71,7 +71,7 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _move(arguments: argparse.Namespace) -> None:
     from ckd_fed.deploy.cluster import move_cluster
-    from ckd_fed.home import expanded
+    from ckd_fed.files import expanded
 
     _positive_days(arguments.days)
     move_cluster(expanded(arguments.directory, "DIR"), arguments.host, print, days=arguments.days, install=arguments.install)
@@ -84,7 +84,7 @@ def _positive_days(days: int) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from ckd_fed.deploy.doctor import connection_checks, node_checks
-    from ckd_fed.home import expanded
+    from ckd_fed.files import expanded
 
     if (arguments.node is None) == (arguments.connection is None):
         raise ConfigError("doctor looks at a node (`ckd-fed doctor nodes/teacher-text`) or at a connection (`ckd-fed doctor --connection lab`)")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ckd_fed.config import Config, TrainingConfig
+from ckd_fed.config import check_device
 from ckd_fed.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
@@ -37,7 +37,7 @@ class NodePlan:
         for option, value in {"--data-dir": self.data_dir, "--home": self.home}.items():
             if value:
                 _check_path(option, value)
-        _check_device(self.name, self.device)
+        check_device(self.device, f"--device of {self.name}")
 
     def node_config(self) -> str:
         """As ``flower-supernode --node-config`` takes it: a value ends at the next quote and is read as a TOML string."""
@@ -208,13 +208,6 @@ def _check_path(option: str, value: str) -> None:
     if not value.startswith("/") or any(mark in value for mark in "\"'\\") or not value.isprintable():
         needed = "an absolute path without quotes, backslashes and unprintable characters is needed"
         raise ConfigError(f"{option} is {value!r}; {needed}, as it is on the nodes' machines")
-
-
-def _check_device(node: str, device: str) -> None:
-    try:
-        Config(training=TrainingConfig(device=device))
-    except ConfigError:
-        raise ConfigError(f"--device is {device!r} for {node}; auto, cpu, cuda or cuda:N is needed") from None
 
 
 def _check_host(option: str, host: str) -> None:

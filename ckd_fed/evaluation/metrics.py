@@ -9,13 +9,19 @@ NDCG comes in two variants, never mixed:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+METRIC = "recall@20"  # that training and every choice on validation go by
 NAMES = ("recall", "ndcg", "precision", "hit_rate", "ndcg_retrieved")
 _USERS = "users"
+
+
+def cutoffs(names: Iterable[str]) -> list[int]:
+    """The cut-offs that metrics of the joint view are of, ascending."""
+    return sorted({int(name.removeprefix("recall@")) for name in names if name.startswith("recall@")})
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckd_fed.analysis.history import METRIC
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.experiments.recipe import Recipe
 from ckd_fed.experiments.summary import Line
 

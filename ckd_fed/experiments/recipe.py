@@ -10,7 +10,7 @@ from typing import Any
 
 from ckd_fed.config import configs_directory, flatten, read_recipe, read_yaml
 from ckd_fed.errors import ConfigError, unknown
-from ckd_fed.home import expanded
+from ckd_fed.files import expanded
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_fed.analysis.history import METRIC, RunHistory
+from ckd_fed.analysis.history import RunHistory
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.experiments.recipe import Job, Recipe
-from ckd_fed.home import write_atomically
+from ckd_fed.files import write_atomically
 
 NDCG = "ndcg@20"
 

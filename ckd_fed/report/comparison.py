@@ -9,8 +9,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ckd_fed.analysis.compare import Comparison, Entry
-from ckd_fed.analysis.history import METRIC, series
-from ckd_fed.home import write_atomically
+from ckd_fed.analysis.history import series
+from ckd_fed.evaluation.metrics import METRIC
+from ckd_fed.files import write_atomically
 from ckd_fed.report.style import WIDTH, legend_below, line, plain_label, styled, whole_numbers
 
 

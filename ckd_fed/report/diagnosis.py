@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ckd_fed.analysis.history import METRIC, RunHistory
+from ckd_fed.analysis.history import RunHistory
+from ckd_fed.evaluation.metrics import METRIC
 
 TEACHER, PLAIN, DISTILLED = "alone (its teacher)", "inside the plain student", "inside the distilled student"
 

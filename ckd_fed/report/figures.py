@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from ckd_fed.analysis.history import METRIC, RunHistory, series
+from ckd_fed.analysis.history import RunHistory, series
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.report.diagnosis import Diagnosis, diagnose
 from ckd_fed.report.style import BARS, WIDTH, figure, legend_below, line, reference, whole_numbers
 from ckd_fed.tracking.console import size

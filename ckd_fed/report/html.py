@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from matplotlib import rc_context
 
-from ckd_fed.analysis.history import METRIC, RunHistory
+from ckd_fed.analysis.history import RunHistory
+from ckd_fed.evaluation.metrics import METRIC, cutoffs
 from ckd_fed.report.figures import Drawing
 from ckd_fed.report.words import Words
 from ckd_fed.tracking.result import OTHER_RANKINGS
@@ -89,9 +90,8 @@ def final_table(history: RunHistory) -> str:
     """Test metrics of every model and of each modality's view of the students; empty where nothing was tested."""
     if not history.models:
         return ""
-    tested = history.tested(history.models[-1])
-    cutoffs = sorted(int(name.removeprefix("recall@")) for name in tested if name.startswith("recall@"))
-    metrics = [f"{kind}@{k}" for kind in ("recall", "ndcg") for k in cutoffs] + ["precision@20", "hit_rate@20"]
+    ks = cutoffs(history.tested(history.models[-1]))
+    metrics = [f"{kind}@{k}" for kind in ("recall", "ndcg") for k in ks] + ["precision@20", "hit_rate@20"]
     labels = [f"{_LABELS[kind]}@{k}" for kind, _, k in (name.partition("@") for name in metrics)]
     rows: list[tuple[str, list[str]]] = []
     for model in history.models:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ckd_fed.analysis.history import METRIC, RunHistory
+from ckd_fed.analysis.history import RunHistory
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.report.diagnosis import DISTILLED, PLAIN, TEACHER, Diagnosis, diagnose
 from ckd_fed.tracking.console import size
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckd_fed.analysis.history import read_history
-from ckd_fed.home import write_atomically
+from ckd_fed.files import write_atomically
 
 
 def write_report(directory: Path, target: Path | None = None) -> Path:

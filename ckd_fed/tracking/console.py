@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ckd_fed.evaluation.metrics import cutoffs
 from ckd_fed.tracking.result import OTHER_RANKINGS, RunResult
 
 Values = Mapping[str, float]
 WIDTH = 118
 _UNBOUNDED = 10_000
-_METRIC = re.compile(r"(?:recall|ndcg)@(\d+)")
 
 
 def write(line: str) -> None:
@@ -75,7 +74,8 @@ def distillation_line(number: int, values: Values, modalities: Sequence[str]) ->
 
 def final_table(result: RunResult) -> str:
     """Test metrics of every model, and how much of each teacher the student has reached."""
-    columns = _metrics(result)
+    ks = cutoffs(name for outcome in result.outcomes.values() for name in outcome.test)  # those asked for
+    columns = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in ks]
     table = Table(title="test set, all items ranked (NDCG: standard)", title_justify="left", title_style="bold")
     table.add_column("model", no_wrap=True)
     table.add_column("best epoch", justify="right")
@@ -112,13 +112,6 @@ def final_table(result: RunResult) -> str:
     text = out.file
     assert isinstance(text, io.StringIO)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
-
-
-def _metrics(result: RunResult) -> list[str]:
-    """Recall and then NDCG at the cut-offs that were computed, which are those asked for."""
-    known = [_METRIC.fullmatch(name) for outcome in result.outcomes.values() for name in outcome.test]
-    cutoffs = sorted({int(match[1]) for match in known if match})
-    return [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in cutoffs]
 
 
 def _cells(test: Values, metrics: Sequence[str], prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-METRIC = "val/recall@20"
+from ckd_fed.evaluation.metrics import METRIC
 
 
 class LiveProgress:
@@ -70,7 +70,7 @@ class LiveProgress:
         self._progress.stop()
 
     def _move(self, learner: str, row: Mapping[str, Any], prefix: str) -> None:
-        epoch, recall = row.get(f"{prefix}epoch"), row.get(f"{prefix}{METRIC}")
+        epoch, recall = row.get(f"{prefix}epoch"), row.get(f"{prefix}val/{METRIC}")
         if epoch is None:
             return
         if recall is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from ckd_fed.checkpoint import save_checkpoint
 from ckd_fed.config import Config
 from ckd_fed.errors import ConfigError, DataError
-from ckd_fed.home import held, write_atomically
+from ckd_fed.files import held, write_atomically
 from ckd_fed.tracking import console
 from ckd_fed.tracking.result import RunResult
 

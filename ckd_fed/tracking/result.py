@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckd_fed.evaluation.metrics import METRIC
+
 _VAL = "readout/val/"
-_METRIC = "recall@20"
 
 # Prefixes of test metrics that are of other rankings than the joint one over all items, in words.
 OTHER_RANKINGS = {"calibrated/": "its views, calibrated", "warm/": "among trained items", "cold/": "among items never trained"}
@@ -65,9 +66,9 @@ class RunResult:
         for m in teachers:
             teacher = self.outcomes.get(f"teacher/{m}")
             if teacher:
-                values[f"teacher/{m}/{_METRIC}"] = teacher.validation
-                if f"only/{m}/{_METRIC}" in values:
-                    values[f"reached/{m}"] = ratio(values[f"only/{m}/{_METRIC}"], teacher.validation)
+                values[f"teacher/{m}/{METRIC}"] = teacher.validation
+                if f"only/{m}/{METRIC}" in values:
+                    values[f"reached/{m}"] = ratio(values[f"only/{m}/{METRIC}"], teacher.validation)
         return values
 
     def summary(self) -> dict[str, float]:
@@ -75,7 +76,7 @@ class RunResult:
         flat: dict[str, float] = {}
         for name, outcome in self.outcomes.items():
             flat[f"final/{name}/best_epoch"] = outcome.best_epoch
-            flat[f"final/{name}/val/{_METRIC}"] = outcome.validation
+            flat[f"final/{name}/val/{METRIC}"] = outcome.validation
             flat.update({f"final/{name}/test/{metric}": value for metric, value in outcome.test.items()})
             flat.update({f"final/{name}/{choice}": value for choice, value in outcome.readout.items()})
         flat.update({f"final/reached/{m}": value for m, value in self.reached("student").items()})
@@ -86,8 +87,8 @@ class RunResult:
         ratios = {}
         for m in self.modalities:
             teacher, taught = self.outcomes.get(f"teacher/{m}"), self.outcomes.get(student)
-            if teacher and taught and f"only/{m}/{_METRIC}" in taught.test:
-                ratios[m] = ratio(taught.test[f"only/{m}/{_METRIC}"], teacher.test[_METRIC])
+            if teacher and taught and f"only/{m}/{METRIC}" in taught.test:
+                ratios[m] = ratio(taught.test[f"only/{m}/{METRIC}"], teacher.test[METRIC])
         return ratios
 
 

@@ -31,9 +31,9 @@ from ckd_fed.tracking.resume import find_run, resumed_config
 from ckd_fed.tracking.wandb_mirror import wandb_mirror
 from ckd_fed.training.build import build_fit, build_trainer, choose_device
 from ckd_fed.training.fit import Fit
+from ckd_fed.training.means import Values
 from ckd_fed.training.memory import TeacherMemory
 from ckd_fed.training.progress import Progress
-from ckd_fed.training.trainer import Values
 
 
 def train(

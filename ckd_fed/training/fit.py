@@ -9,8 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from ckd_fed.data.triples import StepTriples
+from ckd_fed.evaluation.metrics import METRIC
 from ckd_fed.training.early_stopping import EarlyStopping
-from ckd_fed.training.trainer import METRIC, Means, Trainer, Values
+from ckd_fed.training.means import Means, Values
+from ckd_fed.training.trainer import Trainer
 
 Sheets = Mapping[str, np.ndarray]
 OnValidation = Callable[[Values], None]

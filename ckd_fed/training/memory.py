@@ -14,7 +14,7 @@ from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.missing import hide
 from ckd_fed.training.early_stopping import EarlyStopping
 from ckd_fed.training.fit import Fit
-from ckd_fed.training.trainer import Values
+from ckd_fed.training.means import Values
 
 # What a learner of phase 1 does not depend on, or depends on through its data, which count as they are. Everything else counts, so that
 # a key added later counts too.

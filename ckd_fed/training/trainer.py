@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +15,10 @@ from ckd_fed.backbones.inverted import distinct
 from ckd_fed.data.dataset import Dataset
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.data.triples import StepTriples, TripleStream, derive_key
-from ckd_fed.distillation.effects import LOWEST
 from ckd_fed.distillation.objective import DistillationObjective, ObjectiveOutput
 from ckd_fed.errors import TooLittleMemoryError, TrainingError
 from ckd_fed.evaluation.calibration import Calibration, calibrate, calibration_views, combine, view_name
-from ckd_fed.evaluation.metrics import RankingMetrics
+from ckd_fed.evaluation.metrics import METRIC, RankingMetrics
 from ckd_fed.evaluation.per_user import rank_users
 from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.evaluation.tested import Tested, UserTest, add_warm_and_cold, user_test
@@ -28,9 +26,7 @@ from ckd_fed.training.adam import Adam
 from ckd_fed.training.allocator import give_back_freed_memory
 from ckd_fed.training.balancing import Balancing
 from ckd_fed.training.batches import batches
-
-Values = dict[str, float]
-METRIC = "recall@20"  # that training and every choice on validation go by
+from ckd_fed.training.means import Means, Values
 
 
 class Trainer:
@@ -278,58 +274,6 @@ def _check_finite(values: Values, epoch: int) -> None:
         if all(one in ("loss/total", "loss/kd") or one.startswith(("generic/", "specific/")) for one in wrong):
             remedy += ", or lower distillation.rho or raise distillation.temperature"
         raise TrainingError(f"{name} became {values[name]} in epoch {epoch + 1}; {remedy}")
-
-
-class _Sum(NamedTuple):
-    """Of the same numbers of several steps: how many steps, the sums of the numbers times their weights, and of their weights."""
-
-    steps: int
-    totals: Tensor
-    weights: Tensor | None  # None: each 1 in every step
-
-
-class Means:
-    """Weighted means over steps, kept on the device and read once. All numbers of a step are added up as one vector."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], _Sum] = {}  # by the names of a step's numbers
-
-    def update(self, names: Sequence[str], numbers: Tensor, weights: Tensor | None = None) -> None:
-        """Add a step's numbers ``(n,)``, each with its weight ``(n,)``, at most 1 and by default that."""
-        numbers = numbers.detach().double()
-        self._add(tuple(names), _Sum(1, numbers if weights is None else numbers * weights, weights))
-
-    def merge(self, other: Means) -> None:
-        """Add all steps of others."""
-        for names, those in other._sums.items():
-            self._add(names, those)
-
-    def _add(self, names: tuple[str, ...], new: _Sum) -> None:
-        if names not in self._sums:
-            self._sums[names] = new
-            return
-        steps, totals, weights = self._sums[names]
-        if weights is not None or new.weights is not None:
-            weights = (steps if weights is None else weights) + (new.steps if new.weights is None else new.weights)  # type: ignore[assignment]
-        self._sums[names] = _Sum(steps + new.steps, totals + new.totals, weights)
-
-    def compute(self) -> Values:
-        """The means; of an effect the lowest, of anything else 0, where no step had any weight."""
-        values: Values = {}
-        for names, (steps, totals, weights) in self._sums.items():
-            counted = [float(steps)] * len(names) if weights is None else weights.tolist()
-            for name, total, weight in zip(names, totals.tolist(), counted, strict=True):
-                values[name] = total / weight if weight else LOWEST if name.startswith("effect/") else 0.0
-        return values
-
-    def asked(self) -> Values:
-        """``asked/<name>``: the mean weight of each number over the steps, by which it counts against that of as many other steps; of those alone
-        that have weights."""
-        shares: Values = {}
-        for names, (steps, _, weights) in self._sums.items():
-            if weights is not None:
-                shares.update({f"asked/{name}": weight / steps for name, weight in zip(names, weights.tolist(), strict=True)})
-        return shares
 
 
 def _numbers(output: ObjectiveOutput, *, counterfactual: bool) -> tuple[list[str], Tensor, Tensor | None]:

@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from ckd_fed.analysis.locate import home_given, list_runs, runs_directory
+from ckd_fed.analysis.locate import list_runs, runs_directory
 from ckd_fed.cli import main
+from ckd_fed.commands.places import home_given
 from ckd_fed.config import Config, resolve
 from ckd_fed.data.locate import locate
 from ckd_fed.errors import ConfigError, DataError
-from ckd_fed.home import expanded, home
+from ckd_fed.files import expanded
+from ckd_fed.home import home
 from ckd_fed.verify import verify
 
 NOBODY = "~no-such-user/x"

@@ -10,7 +10,8 @@ import torch
 
 from ckd_fed.backbones import BACKBONES
 from ckd_fed.backbones.base import Backbone, Embeddings, RankingBatch, Triples
-from ckd_fed.backbones.build import backbone_class, build_backbone, check_options, described_options
+from ckd_fed.backbones.build import backbone_class, build_backbone, check_options
+from ckd_fed.commands.keys import described_options
 from ckd_fed.config import resolve
 from ckd_fed.errors import CkdError, ConfigError
 from ckd_fed.verify import TOLERANCE, verify

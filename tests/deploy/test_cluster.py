@@ -285,7 +285,7 @@ def test_moving_refuses_what_a_new_cluster_would(cluster, nothing_runs, capsys, 
     plan = json.loads((folder / "cluster.json").read_text())
     plan["nodes"][0]["device"] = "gpu"
     (folder / "cluster.json").write_text(json.dumps(plan))
-    refuses(ConfigError, lambda: read_plan(folder), "--device is 'gpu' for teacher-image")
+    refuses(ConfigError, lambda: read_plan(folder), "unknown --device of teacher-image 'gpu'")
     plan["nodes"][0]["data_dir"] = 5
     (folder / "cluster.json").write_text(json.dumps(plan))
     refuses(DataError, lambda: read_plan(folder), "holds no cluster")
@@ -314,8 +314,8 @@ def test_moving_refuses_what_a_new_cluster_would(cluster, nothing_runs, capsys, 
         (["--host", "h", "--teachers", "image", "--home", "/home/a\nb"], [r"--home is '/home/a\nb", "unprintable"]),
         (["--host", "h", "--teachers", "image", "--install", "/opt/a\x1bb"], [r"--install is '/opt/a\x1bb'", "unprintable"]),
         (["--host", "h", "--teachers", "image", "--install", "/opt/../srv"], ["--install is '/opt/../srv'", "without '..'"]),
-        (["--host", "h", "--teachers", "image", "--device", "student-0=gpu"], ["--device is 'gpu' for student-0", "cuda:N"]),
-        (["--host", "h", "--teachers", "image", "--device", 'student-0=cpu"\nx="'], ["--device is 'cpu\"\\nx=\"' for student-0"]),
+        (["--host", "h", "--teachers", "image", "--device", "student-0=gpu"], ["unknown --device of student-0 'gpu'", "cuda:N"]),
+        (["--host", "h", "--teachers", "image", "--device", 'student-0=cpu"\nx="'], ["unknown --device of student-0 'cpu\"\\nx=\"'"]),
         (["--host", "h", "--teachers", "text,text,text-spare1"], ["--teachers is", "two nodes would be called 'teacher-text-spare1'"]),
         (["--host", "h", "--teachers", "image", "--device", "student-0=cuda:0", "--device", "student-0=cuda:1"], ["'student-0' twice", "cuda:1"]),
         (["--host", "h", "--teachers", "image", "--data-dir", "/x/{nam}"], ["--data-dir is '/x/{nam}'", "{nam} stands for nothing", "{name}"]),

@@ -402,6 +402,6 @@ def test_a_teacher_node_needs_no_other_modality_on_its_disk(tmp_path, write_data
     quick = {"training.epochs": 2, "training.validate-every": 1, "training.batch-size": 16, "distillation.batch-size": 20}
     result, _, federation = federate({"dataset": "toy", **quick}, nodes=nodes)
     assert set(result.outcomes) == {"teacher/image", "teacher/text", "student"}
-    assert dict(federation.plan.teachers) == {"image": 1001, "text": 1003}
+    assert dict(federation.rounds.plan.teachers) == {"image": 1001, "text": 1003}
     for home, role in {"a": "teacher-image", "b": "student-0", "c": "teacher-text"}.items():
         assert (tmp_path / home / "workspace" / "fed-000001" / role / "state.safetensors").is_file()

@@ -172,8 +172,8 @@ def test_a_fresh_process_for_every_message_changes_nothing(toy, federate):
 @pytest.mark.parametrize("nodes", [1, 2, 3, 5])
 def test_the_number_of_simulated_nodes_changes_nothing(nodes, toy, federate):
     _, grid, federation = federate(SMALL, nodes=[{"partition-id": index, "num-partitions": nodes} for index in range(nodes)])
-    assert len(federation.plan.students) == 1
-    assert len(federation.plan.spare) == max(0, nodes - 3)
+    assert len(federation.rounds.plan.students) == 1
+    assert len(federation.rounds.plan.spare) == max(0, nodes - 3)
     reference = federate(SMALL, run="reference")
     assert reference[0].outcomes["student"].test
     assert largest_difference(parameters(toy, "fed"), parameters(toy, "reference")) == 0
@@ -183,7 +183,7 @@ def test_the_number_of_simulated_nodes_changes_nothing(nodes, toy, federate):
 def test_three_modalities_need_no_new_line(toy, federate):
     result, _, federation = federate({**SMALL, "data.modalities": "image,text,audio"})
     assert set(result.outcomes) == {"teacher/image", "teacher/text", "teacher/audio", "student"}
-    for state in federation.reweighting.rounds.values():
+    for state in federation.distillation.reweighting.rounds.values():
         assert sum(state.weights.values()) == pytest.approx(3)
         assert sum(state.shares.values()) == pytest.approx(1)
 
@@ -192,8 +192,8 @@ def test_two_student_workers_share_the_steps_and_are_averaged(toy, federate):
     result, grid, federation = federate(
         {**SMALL, "federation.student-workers": 2}, nodes=[{"partition-id": i, "num-partitions": 4} for i in range(4)]
     )
-    assert len(federation.plan.students) == 2
-    steps = federation.plan.card.n_train // SMALL["training.batch-size"] + 1
+    assert len(federation.rounds.plan.students) == 2
+    steps = federation.rounds.steps
     samples = {
         reply.content["reply"]["role"]: reply.content["reply"]["samples"]
         for message, reply in grid.seen
@@ -262,7 +262,7 @@ def test_the_length_of_a_lone_students_rounds_changes_nothing(share, megabytes, 
     rows = [[row for row in read_rows(toy / "runs" / run / "metrics.jsonl") if row.get("phase") == "distillation"] for run in ("fed", "central")]
     assert [row["epoch"] for row in rows[0]] == [row["epoch"] for row in rows[1]] == [5, 10, 15, 20, 25, 30]
     assert [row["val/recall@20"] for row in rows[0]] == [row["val/recall@20"] for row in rows[1]]
-    totals = federation.state.totals
+    totals = federation.rounds.state.totals
     assert sum(row["seconds"] for row in rows[0]) <= totals.seconds
     if megabytes > 1:  # rounds without a validation have no row
         assert sum(row["bytes/margins"] for row in rows[0]) == pytest.approx(totals.margin_bytes)
@@ -273,7 +273,7 @@ def test_a_lone_student_stops_itself_within_a_round(toy, federate):
     central = train(resolve(overrides, {"home": str(toy), "name": "central"}))
     result, _, federation = federate({**overrides, "federation.messaging-share": 0})
     student = result.outcomes["student"]
-    assert federation.state.stretch > 2
+    assert federation.rounds.state.stretch > 2
     assert student.epochs == central.outcomes["student"].epochs < 200
     assert student.best_epoch == central.outcomes["student"].best_epoch < student.epochs
     assert student.test == pytest.approx(central.outcomes["student"].test)
@@ -300,11 +300,11 @@ def test_what_several_students_came_to_is_validated_by_their_next_round(toy, fed
     assert (kinds.count("distil"), kinds.count("evaluate")) == (6, 4)  # two students: three rounds, the last validation and the test
     rows = rows_of(toy, "fed")
     assert [(row["epoch"], row["round"]) for row in rows] == [(5, 3), (10, 4), (15, 5)]
-    assert federation.state.awaited is None
+    assert federation.rounds.state.awaited is None
     took = [row["seconds"] for row in read_rows(toy / "runs" / "fed" / "metrics.jsonl") if row.get("phase") == "distillation"]
-    assert sum(took) <= federation.state.totals.seconds
+    assert sum(took) <= federation.rounds.state.totals.seconds
     dataset = load_dataset(toy / "data" / "toy", modalities=("image", "text"))
-    trainer = build_trainer(federation.config, dataset, "student", distilled=True)
+    trainer = build_trainer(federation.rounds.config, dataset, "student", distilled=True)
     sent = [message.content for message, _ in grid.seen if message.metadata.message_type == "train.distil"]
     assert [content["request"]["evaluate"] for content in sent] == [False, False, True, True, True, True]
     ended_with = [to_tensors({name: unpack_array(array) for name, array in content["arrays"].items()}, "weights/") for content in sent[2::2]]
@@ -322,7 +322,7 @@ def test_several_students_that_stop_early_end_with_what_they_were_validated_with
     eager = {**SMALL, "federation.student-workers": 2, "training.patience": 1, "training.validate-every": 2, "training.learning-rate": 0.05}
     result, grid, federation = federate({**eager, "training.epochs": 200}, run="stopped", nodes=nodes)
     epochs = result.outcomes["student"].epochs
-    assert federation.state.stopping.stop
+    assert federation.rounds.state.stopping.stop
     assert epochs < 100
     asked = [message.content["request"]["from-epoch"] for message, _ in grid.seen if message.metadata.message_type == "train.distil"]
     assert asked[-1] == epochs  # one round more than counts

@@ -154,7 +154,7 @@ def test_a_teacher_comes_back_under_another_id(action, tmp_path, homes, federate
     )
     lines = []
     _, _, federation = federate(SMALL, nodes=grid, run="back", write=lines.append)
-    assert federation.roster.nodes["teacher/text"] == 77
+    assert federation.rounds.roster.nodes["teacher/text"] == 77
     assert [line for line in lines if "teacher/text: teacher text (node 77" in line and "takes over" in line]
     assert equal(tmp_path, "back", "undisturbed")
 
@@ -173,7 +173,7 @@ def test_a_hot_spare_takes_over_with_the_same_margins(action, tmp_path, homes, f
     client_node._FITS.clear()
     grid = leave_at(type(federate.grid()), nodes, when, lambda configs: None)
     _, _, federation = federate({**SMALL, "federation.teacher-epochs": 3}, nodes=grid, run="spare")
-    assert federation.roster.nodes["teacher/text"] == 1004
+    assert federation.rounds.roster.nodes["teacher/text"] == 1004
     assert (tmp_path / "home/text-3/workspace/spare-000001/teacher-text/state.safetensors").is_file()
     federate({**SMALL, "federation.teacher-epochs": 3}, nodes=nodes, run="reference")
     assert equal(tmp_path, "spare", "reference")
@@ -186,7 +186,7 @@ def test_a_node_that_keeps_failing_makes_room_for_its_spare(homes, federate):
         return FAULTS["raised"](message, reply) if message.metadata.dst_node_id == 1002 and kind(message) == "score" else reply
 
     _, _, federation = federate(SMALL, nodes=nodes, tamper=full_disk)
-    assert federation.roster.nodes["teacher/text"] == 1004
+    assert federation.rounds.roster.nodes["teacher/text"] == 1004
 
 
 def test_a_newcomer_with_other_data_does_not_take_over(tmp_path, homes, write_dataset, federate):
@@ -218,7 +218,7 @@ def test_a_silent_newcomer_holds_up_nobody_else(homes, federate):
     grid.pull_messages = lambda keys: answering([key for key in keys if grid._waiting[key].metadata.dst_node_id != 76])
     started = time.monotonic()
     _, _, federation = federate(SMALL, nodes=grid)
-    assert federation.roster.nodes["teacher/text"] == 77
+    assert federation.rounds.roster.nodes["teacher/text"] == 77
     assert time.monotonic() - started < 80
 
 
@@ -232,7 +232,7 @@ def test_drop_goes_on_with_the_others(action, tmp_path, homes, federate):
     lines = []
     overrides = {**SMALL, "data.modalities": "image,text,audio", "federation.on-lost-teacher": "drop"}
     result, _, federation = federate(overrides, nodes=gone_for_good(federate, nodes, "teacher/text", action), run="run", write=lines.append)
-    assert federation.teachers == ["image", "audio"]
+    assert federation.rounds.teachers == ["image", "audio"]
     assert [line for line in lines if line.startswith("!! teacher text is DROPPED")]
     assert result.outcomes["student"].test
     rows = read_rows(tmp_path / "runs/run/metrics.jsonl")
@@ -261,7 +261,7 @@ def test_a_run_is_gone_on_with_though_a_teacher_that_was_dropped_is_still_connec
         federate(overrides, nodes=LoopbackGrid(nodes, tamper), run="run")
     lines = []
     result, _, federation = federate({"resume": "run", "federation.on-lost-teacher": "drop"}, nodes=nodes, write=lines.append)
-    assert federation.teachers == ["image", "audio"]
+    assert federation.rounds.teachers == ["image", "audio"]
     assert result.outcomes["student"].test
     assert any("spare teacher text" in " ".join(line.split()) for line in lines)
 
@@ -277,7 +277,7 @@ def test_a_run_is_gone_on_with_though_its_teacher_is_gone_for_good(action, tmp_p
     refuses(EnrolmentError, lambda: federate({**SMALL, "federation.on-lost-teacher": "drop"}, nodes=left, run="new"), "the teacher of text")
     lines = []
     result, _, federation = federate(resume, nodes=left, write=lines.append)
-    assert federation.teachers == ["image"]
+    assert federation.rounds.teachers == ["image"]
     assert result.outcomes["student"].test
     assert [line for line in lines if line.startswith("!! teacher text is DROPPED") and "the teacher of text is missing" in line]
     rows = read_rows(tmp_path / "runs/run/metrics.jsonl")
@@ -326,7 +326,7 @@ def test_a_spare_student_takes_over(homes, federate):
     lines = []
     grid = leave_at(type(federate.grid()), nodes, when, lambda configs: None)
     _, _, federation = federate(SMALL, nodes=grid, write=lines.append)
-    assert federation.roster.nodes["student/0"] == 1004
+    assert federation.rounds.roster.nodes["student/0"] == 1004
     assert [line for line in lines if "optimiser started anew" in line]
 
 
@@ -393,7 +393,7 @@ def test_a_node_whose_features_were_replaced_makes_room_for_its_spare(tmp_path, 
     np.save(other / "text_feat.npy", np.load(other / "text_feat.npy") + 1)
     grid = replaced(nodes, 1, lambda m: kind(m) == "score", other)
     _, _, federation = federate(SMALL, nodes=grid, run="run")
-    assert federation.roster.nodes["teacher/text"] == 1004
+    assert federation.rounds.roster.nodes["teacher/text"] == 1004
     assert equal(tmp_path, "run", "undisturbed")
 
 
@@ -436,7 +436,7 @@ def test_a_node_that_was_mended_while_it_was_away_may_take_part(tmp_path, homes,
 
     lines = []
     _, _, federation = federate({**SMALL, "federation.node-timeout": 20}, nodes=Grid(nodes), write=lines.append)
-    assert federation.roster.nodes["teacher/text"] == 77
+    assert federation.rounds.roster.nodes["teacher/text"] == 77
     assert [line for line in lines if "node 77" in line and "cannot take part: it holds another split" in line]
 
 
@@ -481,7 +481,7 @@ def test_an_answer_given_once_more_is_not_taken_for_a_round_without_work(homes, 
     _, _, done = federate(overrides, nodes=LoopbackGrid(homes("student"), tamper))
     assert lost
     assert all(work >= 20 * held for held, work in asked)
-    assert done.state.stretch <= 8
+    assert done.rounds.state.stretch <= 8
 
 
 def test_more_students_than_users_to_validate_by(tmp_path, write_dataset, federate):

@@ -107,7 +107,7 @@ def ask(node_config, overrides, action="score", run="fed-000001", number=9, role
 def teacher(toy, federate, keep):
     """A teacher after a run: (a function that asks it for margins, the rows of its ledger)."""
     _, _, federation = federate(SMALL)
-    learner = federation.state.learners["teacher/text"]
+    learner = federation.rounds.state.learners["teacher/text"]
     best = {"best-epoch": learner.best_epoch, "best": learner.best}
     ledger = toy / "answers/teacher-text/fed-000001.jsonl"
 

@@ -20,14 +20,13 @@ from ckd_fed.distillation.objective import DistillationObjective, PlainObjective
 from ckd_fed.errors import TrainingError
 from ckd_fed.evaluation import per_user as per_user_module
 from ckd_fed.evaluation import ranking as ranking_module
-from ckd_fed.evaluation.calibration import Calibration, combine
 from ckd_fed.evaluation.metrics import RankingMetrics
 from ckd_fed.evaluation.ranking import evaluate
 from ckd_fed.training import fit as fit_module
-from ckd_fed.training import trainer as trainer_module
 from ckd_fed.training.build import build_trainer
 from ckd_fed.training.fit import Fit
-from ckd_fed.training.trainer import Means, Trainer
+from ckd_fed.training.means import Means
+from ckd_fed.training.trainer import Trainer
 
 B, K = 8, 12
 KS = (10, 20)
@@ -418,26 +417,6 @@ def test_too_little_memory_names_the_batch_sizes(error, make_trainer, sheets, mo
         assert f"training.batch-size={B} or distillation.batch-size={K}" in str(raised.value)
 
 
-def test_means_count_each_step_by_its_weight():
-    """Over however many parts: the means of the parts themselves could not be put together again."""
-    names, all_of_it, half, none = ["loss/total", "effect/text"], torch.ones(2), torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0])
-    first, second, whole = Means(), Means(), Means()
-    assert whole.compute() == whole.asked() == {}
-    first.update(names, torch.tensor([1.0, 0.8]), half)
-    first.update(names, torch.tensor([2.0, 0.2]), all_of_it)
-    second.update(names, torch.tensor([6.0, LOWEST]), none)
-    whole.merge(first)
-    whole.merge(second)
-    assert second.compute() == {"loss/total": 6.0, "effect/text": LOWEST}
-    assert whole.compute() == pytest.approx({"loss/total": 3.0, "effect/text": (0.8 * 0.5 + 0.2) / 1.5})
-    assert whole.asked() == pytest.approx({"asked/loss/total": 1.0, "asked/effect/text": 0.5})
-    assert first.compute()["effect/text"] == whole.compute()["effect/text"]  # what was merged stays as it was
-    unweighted = Means()
-    unweighted.update(["a"], torch.tensor([1.0]))
-    unweighted.update(["a"], torch.tensor([4.0]))
-    assert (unweighted.compute(), unweighted.asked()) == ({"a": 2.5}, {})
-
-
 def test_a_row_is_a_mean_over_samples_and_not_over_epochs(make_trainer, backbone_name, sheets, problem):
     """A modality that few items have is asked about in some epochs hardly at all: they count for as much as they hold."""
     if backbone_name != "vbpr":
@@ -536,24 +515,6 @@ def test_a_test_ranks_every_view_once(name, make_dataset, monkeypatch):
     assert tested.by_user.values["recall@20"].mean() == pytest.approx(expected["recall@20"], abs=1e-6)
 
 
-def test_calibration_never_chooses_what_validation_speaks_against(make_dataset, monkeypatch):
-    """A fit that turns every ranking upside down is dropped for the view that is best on validation."""
-    problem = make_dataset(n_users=40, n_items=200, n_modalities=3)
-    backbone = build_backbone("vbpr", problem.train, problem.features, {"embedding_dim": 4}, seed=1)
-    trainer = Trainer(backbone, problem, TripleStream(problem.train, problem.fingerprint, 3, B, 0), learning_rate=5e-3, ks=KS)
-    joint = backbone.joint
-    monkeypatch.setattr(trainer_module, "calibrate", lambda *_: Calibration({joint: -1.0}, -1.0))
-    metrics, chosen = trainer.read_out(problem.test)
-    recalls = {name.removeprefix("readout/val/"): value for name, value in chosen.items() if name.startswith("readout/val/")}
-    calibrated = recalls.pop("calibrated")
-    upside_down = combine(trainer.embeddings([joint]), {joint: -1.0})
-    assert evaluate(upside_down, problem.train, problem.val, KS).compute()["recall@20"] < max(recalls.values()) == calibrated
-    best = max(recalls, key=recalls.__getitem__)
-    assert {name: value for name, value in chosen.items() if name.startswith("readout/weight/")} == {f"readout/weight/{best}": 1.0}
-    view = "" if best == "joint" else f"only/{best.removeprefix('only ')}/"
-    assert metrics.compute()["calibrated/ndcg@20"] == metrics.compute()[f"{view}ndcg@20"]
-
-
 def test_every_trainer_of_a_process_works_with_its_own_threads(problem, monkeypatch):
     """A teacher of wide features and one of narrow ones, built one after the other and trained in turns."""
     found, real = [], Backbone.start_epoch
@@ -569,32 +530,3 @@ def test_every_trainer_of_a_process_works_with_its_own_threads(problem, monkeypa
     finally:
         torch.set_num_threads(before)
     assert found == [2, 2, 1, 1] * 2
-
-
-def test_the_read_out_is_chosen_on_validation_alone(make_dataset, monkeypatch):
-    """Nothing that is fitted, compared or chosen has seen the test items, not even in their absence from training."""
-    problem = make_dataset(n_users=40, n_items=200, n_modalities=3)
-    fitted, fits, genuine = [], [], trainer_module.calibrate
-
-    def spied(tables, train, held_out):
-        fitted.append(held_out)
-        fits.append(genuine(tables, train, held_out))
-        return fits[-1]
-
-    monkeypatch.setattr(trainer_module, "calibrate", spied)
-    kept = 0
-    for seed in range(8):
-        backbone = build_backbone("vbpr", problem.train, problem.features, {"embedding_dim": 4}, seed=seed)
-        trainer = Trainer(backbone, problem, TripleStream(problem.train, problem.fingerprint, 3, 8, 0), learning_rate=5e-3)
-        _, chosen = trainer.read_out(problem.test)
-        assert fitted.pop() is trainer.validation
-        validated = {
-            trainer_module.view_name(backbone, view): trainer.rank(problem.val, view).compute()["recall@20"]
-            for view in (backbone.joint, *backbone.diagnosed.values())
-        }
-        assert {name: chosen[f"readout/val/{name}"] for name in validated} == validated
-        tables, weights = trainer.embeddings(trainer_module.calibration_views(backbone)), fits.pop().weights
-        calibrated = trainer_module.evaluate(trainer_module.combine(tables, weights), problem.train, problem.val, (10, 20)).compute()["recall@20"]
-        assert chosen["readout/val/calibrated"] == max(calibrated, *validated.values())
-        kept += calibrated > max(validated.values())
-    assert kept, "no seed whose calibrated table is the best: choose others"
