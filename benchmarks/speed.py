@@ -139,8 +139,8 @@ class Case:
         if sheets is None or self.ours.objective is None:
             ours = float(PlainObjective()(self.ours.backbone, Triples(*ranking)).loss.detach())
         else:
-            (batch,) = batches([triples], sheets, {}, torch.device("cpu"), torch.float32)
-            ours = float(self.ours.objective(self.ours.backbone, Triples(*ranking), Triples(*pairs), batch.margins).loss.detach())
+            (packed,) = batches([triples], sheets, {}, torch.device("cpu"), torch.float32)
+            ours = float(self.ours.objective(self.ours.backbone, Triples(*ranking), Triples(*pairs), packed.batch().margins).loss.detach())
         return abs(ours - theirs) / abs(theirs)
 
 

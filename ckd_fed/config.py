@@ -121,6 +121,11 @@ class TrainingConfig:
         default="float32",
         help="Type in which features are held and projected. Parameters are float32. bfloat16 is for `vbpr`, `mmgcn`, `grcn` and `egogcn`.",
     )
+    cuda_graphs: bool = _plain(
+        default=False,
+        help="Whether a GPU records a step once an epoch and replays it, instead of being told each operation anew. "
+        "Without effect on a CPU, for `bm3`, and with balancing.",
+    )
     threads: int = _at_least(
         0, high=1024, default=0, help="Number of CPU threads of a training process. 0: torch's default, or 1 where the matrices are small."
     )

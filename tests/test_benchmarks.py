@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ckd_fed.training.trainer import Trainer
 
@@ -46,6 +47,25 @@ def test_steps():
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[-1] == "none"  # nothing is sorted or searched for within a step
         assert sum(int(cell.removesuffix("%")) for cell in cells[4:-1]) in range(97, 104)
+
+
+def test_gpu_without_one():
+    """The whole script; that steps are recorded on a GPU, and what that brings, only one can show."""
+    printed = run("gpu.py", "--quick", "--device", "cpu", "--backbones", "vbpr", "freedom").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed if line.startswith(("| vbpr", "| freedom"))]
+    steps, evaluations = [row for row in cells if len(row) == 7], [row for row in cells if len(row) == 3]
+    assert [row[:2] for row in steps] == [[b, role] for b in ("vbpr", "freedom") for role in ("teacher/image", "teacher/text", "plain", "distilled")]
+    assert all(float(row[2]) > 0 and row[3] == "not recorded" for row in steps)
+    assert all(float(joint) > 0 and float(views) > 0 for _, joint, views in evaluations)
+    assert len(evaluations) == 2
+
+
+def test_gpu_says_that_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no GPU" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -173,6 +173,10 @@ class Backbone(nn.Module, ABC):
     #: Whether :meth:`ranking_embeddings` of one view after the other costs hardly more than of all at once. Then no two need be in memory.
     views_are_cheap = False
 
+    #: Whether on a GPU all steps of an epoch but the first two are the same operations on the same memory: shapes that depend on the batches' sizes
+    #: alone, nothing drawn, nothing that the host reads or uploads. Then ``training.cuda-graphs`` may record one and replay it.
+    static_steps = False
+
     @property
     def row_tables(self) -> dict[str, Literal["users", "items"]]:
         """Parameters of which a step reads only the rows of its own users or items, by name, and of which of the two; none by default.
@@ -201,6 +205,7 @@ class Backbone(nn.Module, ABC):
         self.incomplete = tuple(lacking)
         for modality, mask in lacking.items():
             self.register_buffer(f"present_{modality}", mask, persistent=False)
+            self.register_buffer(f"having_{modality}", mask.nonzero().squeeze(1), persistent=False)  # here, or every step would wait for it
 
     @property
     def joint(self) -> View:
@@ -227,8 +232,7 @@ class Backbone(nn.Module, ABC):
 
     def having(self, modality: str, rows: Tensor) -> Tensor:
         """The rows, of ``(n_items, d)``, of the items that have the modality."""
-        present = self.present(modality)
-        return rows if present is None else rows[present]
+        return rows.index_select(0, self.get_buffer(f"having_{modality}")) if modality in self.incomplete else rows
 
     @property
     def dense_work(self) -> float:

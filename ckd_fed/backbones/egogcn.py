@@ -79,6 +79,7 @@ class EgoGCN(BlockBackbone):
     """
 
     projects_features = True
+    static_steps = True
 
     def __init__(
         self,

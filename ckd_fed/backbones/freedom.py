@@ -83,6 +83,7 @@ class FREEDOM(ItemGraphBackbone):
         self.propagate = Propagation(symmetric_normalised_adjacency(train, EPSILON), dtype)
         self.edges = Edges(train)
         self._pruned: Csr | None = None
+        self.static_steps = not self.incomplete  # else the losses pick the triples whose items have a modality
         self.reset_parameters()
 
     @property

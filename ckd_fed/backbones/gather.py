@@ -181,7 +181,7 @@ class Gather:
         """Which items a table of both batches' items alone has in its rows, and where it is read; found once a step.
 
         Args:
-            distinct: each once, ascending, for which a GPU has to be waited for; or as they come.
+            distinct: each once, ascending, on a CPU alone; or as they come.
         """
         if distinct not in self._own:
             if distinct:

@@ -90,6 +90,7 @@ class GRCN(BlockBackbone):
     """
 
     projects_features = True
+    static_steps = True
 
     def __init__(
         self,

@@ -74,18 +74,12 @@ def distinct(index: Tensor) -> Tensor:
 
 
 def compacted(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The distinct numbers of some index tensors in ascending order, and the indices, of any shapes, as positions among these.
-
-    Other devices than a CPU are waited for.
-    """
+    """The distinct numbers of some index tensors on the CPU in ascending order, and the indices, of any shapes, as positions among these."""
     flat = torch.cat([index.reshape(-1) for index in indices])
-    if flat.device.type == "cpu":
-        inverted = Inverted(flat)
-        assert inverted.rows is not None
-        rows, sizes = inverted.rows, np.diff(inverted.starts.numpy(), append=len(flat))
-        positions = torch.empty_like(flat)
-        positions[inverted.places] = torch.from_numpy(np.repeat(np.arange(len(rows)), sizes))
-    else:
-        rows, positions = flat.unique(return_inverse=True)
+    inverted = Inverted(flat)
+    assert inverted.rows is not None
+    rows, sizes = inverted.rows, np.diff(inverted.starts.numpy(), append=len(flat))
+    positions = torch.empty_like(flat)
+    positions[inverted.places] = torch.from_numpy(np.repeat(np.arange(len(rows)), sizes))
     parts = positions.split([index.numel() for index in indices])
     return rows, [part.view(index.shape) for part, index in zip(parts, indices, strict=True)]

@@ -54,6 +54,8 @@ class LATTICE(ItemGraphBackbone):
         embeddings ``(n, embedding_dim)``.
     """
 
+    static_steps = True
+
     def __init__(
         self,
         train: Interactions,

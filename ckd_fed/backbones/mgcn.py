@@ -60,6 +60,8 @@ class MGCN(ItemGraphBackbone):
         embeddings ``(n, embedding_dim)``.
     """
 
+    static_steps = True
+
     def __init__(
         self,
         train: Interactions,
@@ -100,7 +102,9 @@ class MGCN(ItemGraphBackbone):
         return self._pass(views, self.n_users)
 
     def compute_step(self, asked: Asked) -> StepOutput:
-        """As :meth:`Backbone.compute_step`; what follows the graphs is row by row, and only the rows of the batches are computed."""
+        """As :meth:`Backbone.compute_step`; what follows the graphs is row by row, and on a CPU only the rows of the batches are computed."""
+        if asked.ranking.users.device.type != "cpu":  # the host would have to wait to know which rows these are
+            return super().compute_step(asked)
         batches = [asked.ranking] if asked.distillation is None else [asked.ranking, asked.distillation]
         users, of_users = compacted([batch.users for batch in batches])
         items, of_items = compacted([torch.stack([batch.first, batch.second]) for batch in batches])

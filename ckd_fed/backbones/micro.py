@@ -60,6 +60,8 @@ class MICRO(ItemGraphBackbone):
         embeddings ``(n, embedding_dim)``.
     """
 
+    static_steps = True
+
     def __init__(
         self,
         train: Interactions,

@@ -122,6 +122,7 @@ class MMGCN(Backbone):
     """
 
     projects_features = True
+    static_steps = True
 
     def __init__(self, train: Interactions, features: Mapping[str, Tensor], *, embedding_dim: int = 64, l2: float = 1e-5) -> None:
         super().__init__(train, features, l2=l2)

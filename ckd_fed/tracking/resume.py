@@ -13,7 +13,7 @@ from ckd_fed.config import Config, flatten, restore
 from ckd_fed.errors import ConfigError, DataError
 
 # What may be set anew when a run is gone on with; everything else decides its result.
-FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "federation.", "tracking.")
+FREE = ("resume", "home", "data.dir", "training.device", "training.threads", "training.cuda_graphs", "federation.", "tracking.")
 FIXED = (  # the last two decide how fast workers learn and when they are averaged
     "federation.teacher_epochs",
     "federation.student_workers",

@@ -45,9 +45,11 @@ class Balancing:
 
     Attributes:
         reads_gradients: whether :meth:`step` does.
+        static_steps: as :attr:`~ckd_fed.backbones.base.Backbone.static_steps`.
     """
 
     reads_gradients = False
+    static_steps = True
 
     def __init__(self) -> None:
         self._plain = PlainObjective()
@@ -76,6 +78,7 @@ class GradientModulation(Balancing):
     """
 
     reads_gradients = True
+    static_steps = False
 
     def __init__(self, alpha: float, noise: bool) -> None:
         super().__init__()
@@ -125,6 +128,8 @@ class ModalityDropout(Balancing):
     Args:
         rate: probability p of each modality's absence, under 1.
     """
+
+    static_steps = False
 
     def __init__(self, rate: float) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -32,9 +33,46 @@ class Batch(NamedTuple):
     margins: dict[str, TeacherMargins]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A step's batch as it is uploaded: few tensors, of which :meth:`batch` is made of views.
+
+    Attributes:
+        triples: of the ranking batch and, with teachers, of the distillation batch after it, ``(3, B)`` or ``(3, B + K)`` int64.
+        size: B.
+        margins: modality -> its teacher's margins, ``(B + K,)``; empty without teachers.
+        asked: modality -> which triples its teacher was asked about, ``(B + K,)`` bool; of the modalities that some items lack.
+        taught: whether there are teachers.
+    """
+
+    triples: Tensor
+    size: int
+    margins: dict[str, Tensor]
+    asked: dict[str, Tensor]
+    taught: bool
+
+    def batch(self) -> Batch:
+        """Both batches and what the teachers say of them."""
+        ranking = Triples(*self.triples[:, : self.size])
+        if not self.taught:
+            return Batch(ranking, None, {})
+        said = {m: _said(values, self.asked.get(m), self.size) for m, values in self.margins.items()}
+        return Batch(ranking, Triples(*self.triples[:, self.size :]), said)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        return [self.triples, *self.margins.values(), *self.asked.values()]
+
+    def copy(self) -> Packed:
+        """The same in memory of its own."""
+        margins, asked = ({m: tensor.clone() for m, tensor in of.items()} for of in (self.margins, self.asked))
+        return Packed(self.triples.clone(), self.size, margins, asked, self.taught)
+
+
 def batches(
     steps: Iterable[StepTriples], sheets: Mapping[str, np.ndarray] | None, masks: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype
-) -> Iterator[Batch]:
+) -> Iterator[Packed]:
     """The batches of some steps, on the device some steps ahead of their use: an upload for each would make the host wait for the steps before.
 
     Args:
@@ -52,12 +90,12 @@ def batches(
         # (steps, B + K), of the modalities that some items lack
         asked = {m: _upload(np.stack([asked_about(masks[m], part) for part in parts]), device) for m in margins if m in masks}
         for n, step in enumerate(triples):
-            said = {m: _of_step(values[n], asked[m][n] if m in asked else None, size) for m, values in margins.items()}
-            yield Batch(Triples(*step[:, :size]), None if sheets is None else Triples(*step[:, size:]), said)
+            mine, whom = ({m: of_steps[n] for m, of_steps in of.items()} for of in (margins, asked))
+            yield Packed(step, size, mine, whom, sheets is not None)
         row += len(chunk)
 
 
-def _of_step(margins: Tensor, asked: Tensor | None, size: int) -> TeacherMargins:
+def _said(margins: Tensor, asked: Tensor | None, size: int) -> TeacherMargins:
     return TeacherMargins(margins[:size], margins[size:], *((None, None) if asked is None else (asked[:size], asked[size:])))
 
 

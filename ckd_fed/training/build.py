@@ -114,6 +114,7 @@ def build_trainer(
         balancing=build_balancing(config.balancing, backbone) if not distilled and len(dataset.modalities) > 1 else None,
         validation_users=config.training.validation_users,
         threads=config.training.threads or automatic,
+        cuda_graphs=config.training.cuda_graphs,
     )
 
 

@@ -25,7 +25,8 @@ from ckd_fed.evaluation.tested import Tested, UserTest, add_warm_and_cold, user_
 from ckd_fed.training.adam import Adam
 from ckd_fed.training.allocator import give_back_freed_memory
 from ckd_fed.training.balancing import Balancing
-from ckd_fed.training.batches import batches
+from ckd_fed.training.batches import Packed, batches
+from ckd_fed.training.captured import Captured, CudaRecorder, Numbers, Recorder
 from ckd_fed.training.means import Means, Values
 
 
@@ -48,6 +49,8 @@ class Trainer:
         validation_users: for how many users at most a validation ranks, drawn by the run's seed and the data; 0 for all.
         threads: that torch works with whenever this trainer does, which may be others in another trainer of the same process; 0 for as
             many as it finds.
+        cuda_graphs: whether steps are recorded and replayed, see :mod:`ckd_fed.training.captured`; has no effect on a CPU, for a backbone whose
+            steps are not the same every time, and with a balancing that draws or looks at gradients.
 
     Attributes:
         validation: the held-out interactions that a validation goes by.
@@ -67,6 +70,7 @@ class Trainer:
         balancing: Balancing | None = None,
         validation_users: int = 0,
         threads: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         self.backbone = backbone
         self.dataset = dataset
@@ -80,6 +84,8 @@ class Trainer:
         drawn_by = derive_key("ckd-validation-1", stream.seed, dataset.fingerprint) & 0x7FFFFFFFFFFFFFFF
         self.validation = dataset.val.of_sampled_users(validation_users, drawn_by)
         self.threads = threads
+        static = backbone.static_steps and self.balancing.static_steps
+        self._recorder: Recorder | None = CudaRecorder(self.device) if cuda_graphs and static and self.device.type == "cuda" else None
         self._take_threads()
 
     def _take_threads(self) -> None:
@@ -89,6 +95,11 @@ class Trainer:
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether steps are recorded and replayed."""
+        return self._recorder is not None
 
     def train_epoch(
         self,
@@ -122,19 +133,12 @@ class Trainer:
         self.backbone.start_epoch(epoch, self._generator(epoch))
         self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
         at_once = nullcontext() if self.balancing.reads_gradients else self.optimizer.in_backward()
+        step = self._step if self._recorder is None else Captured(self._step, self._recorder)
         try:
             drawn = self.stream.steps(epoch, self.share) if steps is None else steps
             with at_once:
-                for ranking, distillation, margins in batches(drawn, sheets, self.dataset.masks, like.device, like.dtype):
-                    self._catch_up(ranking, distillation)
-                    if self.objective is None or distillation is None:
-                        output = self.balancing.loss(self.backbone, ranking)
-                    else:
-                        output = self.objective(self.backbone, ranking, distillation, margins)
-                    output.loss.backward()
-                    self.balancing.step(self.backbone, self.optimizer)
-                    self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
-                    means.update(*_numbers(output, counterfactual=self.backbone.scores_use_features))
+                for packed in batches(drawn, sheets, self.dataset.masks, like.device, like.dtype):
+                    means.update(*step(packed))
         except (MemoryError, RuntimeError) as error:
             if not _of_memory(error):
                 raise
@@ -150,6 +154,19 @@ class Trainer:
         if into is not None:
             into.merge(means)
         return values
+
+    def _step(self, packed: Packed) -> Numbers:
+        """One step of the optimiser, and its numbers."""
+        ranking, distillation, margins = packed.batch()
+        self._catch_up(ranking, distillation)
+        if self.objective is None or distillation is None:
+            output = self.balancing.loss(self.backbone, ranking)
+        else:
+            output = self.objective(self.backbone, ranking, distillation, margins)
+        output.loss.backward()
+        self.balancing.step(self.backbone, self.optimizer)
+        self.optimizer.zero_grad()  # at once: the next step's forward pass has their memory
+        return _numbers(output, counterfactual=self.backbone.scores_use_features)
 
     def _catch_up(self, ranking: Triples, distillation: Triples | None) -> None:
         """Bring the rows that a step reads up to date, in tables that the optimiser moves row by row."""
@@ -276,13 +293,13 @@ def _check_finite(values: Values, epoch: int) -> None:
         raise TrainingError(f"{name} became {values[name]} in epoch {epoch + 1}; {remedy}")
 
 
-def _numbers(output: ObjectiveOutput, *, counterfactual: bool) -> tuple[list[str], Tensor, Tensor | None]:
+def _numbers(output: ObjectiveOutput, *, counterfactual: bool) -> Numbers:
     """A step's numbers with their names and weights; effects and weights of modalities only where they mean anything."""
     names = ["loss/total", *(f"loss/{name}" for name in output.terms)]
     numbers = torch.stack([output.loss, *output.terms.values()]).detach()
     if output.distilled is None:
-        return names, numbers, None
+        return Numbers(names, numbers, None)
     with torch.no_grad():
         more, means, shares = output.distilled.means(counterfactual=counterfactual)
     weights = None if shares is None else torch.cat([torch.ones_like(numbers, dtype=torch.double), shares])
-    return [*names, *more], torch.cat([numbers, means]), weights
+    return Numbers([*names, *more], torch.cat([numbers, means]), weights)

@@ -30,7 +30,7 @@ def sheets(steps):
 def test_every_step_has_its_own_triples_and_margins(steps, sheets, monkeypatch, ahead, dtype):
     monkeypatch.setattr(module, "AHEAD", ahead)
     mask = np.arange(N_ITEMS) % 3 != 0
-    found = list(batches(iter(steps), sheets, {"text": mask, "another": mask}, CPU, dtype))
+    found = [packed.batch() for packed in batches(iter(steps), sheets, {"text": mask, "another": mask}, CPU, dtype)]
     assert len(found) == len(steps) > 3
     for row, (batch, step) in enumerate(zip(found, steps, strict=True)):
         assert torch.equal(torch.stack(batch.ranking), torch.from_numpy(step.ranking).long())
@@ -47,7 +47,8 @@ def test_every_step_has_its_own_triples_and_margins(steps, sheets, monkeypatch, 
 
 
 def test_without_teachers_there_is_the_ranking_batch_alone(steps):
-    for batch, step in zip(batches(steps, None, {}, CPU, torch.float32), steps, strict=True):
+    for packed, step in zip(batches(steps, None, {}, CPU, torch.float32), steps, strict=True):
+        batch = packed.batch()
         assert torch.equal(torch.stack(batch.ranking), torch.from_numpy(step.ranking).long())
         assert batch.distillation is None
         assert batch.margins == {}
@@ -80,4 +81,4 @@ def test_a_read_only_sheet_can_be_used(steps):
     raw = np.arange(len(steps) * (B + K), dtype=np.float32)
     sheet = np.frombuffer(raw.tobytes(), dtype=np.float32).reshape(len(steps), B + K)
     first = next(batches(steps, {"text": sheet}, {}, CPU, torch.float32))
-    assert first.margins["text"].ranking.tolist() == [0, 1, 2]
+    assert first.batch().margins["text"].ranking.tolist() == [0, 1, 2]
