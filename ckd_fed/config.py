@@ -230,6 +230,7 @@ class TrackingConfig:
     project: str = _plain(default="ckd_fed", help="Project in Weights & Biases.")
     group: str = _plain(default="", help="Group in Weights & Biases. Empty: `<dataset>-<backbone>`.")
     tags: str = _plain(default="", allowed="words separated by commas", help="Tags in Weights & Biases, beside dataset, backbone and recipe.")
+    artifacts: bool = _plain(default=True, help="Whether Weights & Biases also gets the best student's parameters and the configuration as files.")
     report: bool = _plain(default=True, help="Whether to write `report/report.html` at the end.")
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ckd_fed.config import Config
+from ckd_fed.files import write_atomically
 from ckd_fed.home import code_version
 
 _TRIES = 3  # failures in a row after which W&B is given up
 _INIT_SECONDS = 20.0
 _FINISH_SECONDS = 60.0  # a server that hangs at the end costs twice this at most: once for tables and artifacts, once for the rows
 _WIDEST_TAG = 64
+_RUNS = "wandb/runs.json"  # of a run's directory
 
 
 class WandbMirror:
     """One W&B run, written by the one process that also writes ``metrics.jsonl``.
 
-    Rounds are a metric, ``round``, and every other metric is plotted over it. A run that is gone on with is a W&B run of its own from there on;
-    ``ckd-fed wandb replay`` makes one of all. Only ``round`` and ``final`` rows are mirrored: they hold all that is plotted. Beside them there
-    are two tables, ``tables/final`` (a row a model) and ``tables/groups`` (recall by groups of users and items), and two artifacts, the best
-    student and the resolved configuration.
+    Rounds are a metric, ``round``, and every other metric is plotted over it. A run that is gone on with goes on in its W&B run where both
+    are online; rounds that are done again stand there twice, with the same numbers. Offline it is a W&B run of its own from there on, and
+    ``ckd-fed wandb replay`` makes one of all. Only ``round`` and ``final`` rows are mirrored: they hold all that is plotted. Beside them
+    there are two tables, ``tables/final`` (a row a model) and ``tables/groups`` (recall by groups of users and items), and, unless
+    ``tracking.artifacts`` is off, two artifacts, the best student and the resolved configuration.
 
     Args:
         directory: of the run; W&B writes into ``wandb/`` below it.
@@ -36,14 +41,15 @@ class WandbMirror:
     def __init__(self, directory: Path, config: Config, facts: Mapping[str, Any], write: Callable[[str], None]) -> None:
         self._write = write
         self._directory = directory
+        self._artifacts = config.tracking.artifacts
         self._failures = 0
         self._run: Any = None
         self._reason = ""
         self._ends: dict[str, Mapping[str, Any]] = {}
         try:
             self._run = _init(directory, config, facts, write)
-            write(f"W&B: {self._run.settings.mode} run {self._run.id} in {directory / 'wandb'}")
-            if config.resume:
+            write(f"W&B: {self._run.settings.mode} run {self._run.id}{' goes on' if self._run.resumed else ''} in {directory / 'wandb'}")
+            if config.resume and not self._run.resumed:
                 write(f"W&B: that run holds the rounds from here on; `ckd-fed wandb replay {config.resume}` makes one run of all, at the end")
         except Exception as error:
             self._give_up(error)
@@ -81,6 +87,8 @@ class WandbMirror:
         tables = _tables(self._ends)
         if tables:
             self._run.log(tables)
+        if not self._artifacts:
+            return
         for kind, file in (("model", "checkpoints/best.safetensors"), ("configuration", "config.yaml")):
             if (self._directory / file).is_file():
                 self._run.log_artifact(_artifact(self._run, f"{self._directory.name}-{kind}", kind, self._directory / file))
@@ -160,6 +168,12 @@ def _init(directory: Path, config: Config, facts: Mapping[str, Any], write: Call
     mode = config.tracking.wandb
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "") or ("online" if has_key() else "offline")
+    earlier = _written(directory).get(config.tracking.project, "") if config.resume and mode == "online" else ""
+    if earlier:
+        try:
+            return _start(directory, config, facts, mode, earlier)
+        except Exception as error:
+            write(f"W&B: its run {earlier} cannot be gone on with ({_line(error)})")
     try:
         return _start(directory, config, facts, mode)
     except Exception as error:
@@ -169,7 +183,7 @@ def _init(directory: Path, config: Config, facts: Mapping[str, Any], write: Call
         return _start(directory, config, facts, "offline")
 
 
-def _start(directory: Path, config: Config, facts: Mapping[str, Any], mode: str) -> Any:
+def _start(directory: Path, config: Config, facts: Mapping[str, Any], mode: str, earlier: str = "") -> Any:
     import wandb
 
     chosen = config.tracking
@@ -193,6 +207,8 @@ def _start(directory: Path, config: Config, facts: Mapping[str, Any], mode: str)
             tags=_tags(config, facts),
             dir=str(directory),
             mode=mode,  # type: ignore[arg-type]
+            id=earlier or None,
+            resume="must" if earlier else None,
             config={**config.flat(), **facts, "code": code_version()},
             settings=settings,
         )
@@ -201,7 +217,19 @@ def _start(directory: Path, config: Config, facts: Mapping[str, Any], mode: str)
         raise
     run.define_metric("round")
     run.define_metric("*", step_metric="round")
+    if run.settings.mode == "online":
+        with suppress(OSError):
+            write_atomically(directory / _RUNS, json.dumps({**_written(directory), chosen.project: run.id}).encode())
     return run
+
+
+def _written(directory: Path) -> dict[str, str]:
+    """Project -> id of the online W&B run that holds this run."""
+    try:
+        found = json.loads((directory / _RUNS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _tags(config: Config, facts: Mapping[str, Any]) -> list[str]:

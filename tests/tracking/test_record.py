@@ -178,7 +178,7 @@ def test_a_wandb_that_cannot_be_reached_is_written_offline(tmp_path, monkeypatch
         tried.append(mode)
         if mode == "online":
             raise TimeoutError("no network")
-        return type("Run", (), {"id": "x", "settings": type("Settings", (), {"mode": mode})})
+        return type("Run", (), {"id": "x", "resumed": False, "settings": type("Settings", (), {"mode": mode})})
 
     monkeypatch.setattr(wandb_mirror, "_start", start)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)

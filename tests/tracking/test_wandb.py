@@ -112,6 +112,15 @@ def test_an_offline_run_holds_every_metric_of_every_round(job):
     assert {row[tables["groups"]["columns"].index("kind")] for row in tables["groups"]["data"]} == {"users", "items"}
 
 
+def test_artifacts_can_be_left_out(job):
+    directory = job(tracking__wandb="offline", tracking__artifacts=False)
+    (file,) = (directory / "wandb").rglob("*.wandb")
+    text = json.dumps(inspect(file))
+    assert "tables/final" in text
+    assert "job-model" not in text
+    assert "job-configuration" not in text
+
+
 def test_an_online_run_holds_the_same_rows(job, server):
     directory = job(tracking__tags="mine", tracking__group="ours")
     rows = mirrored(server.history())
@@ -141,6 +150,69 @@ def test_a_replay_that_w_and_b_does_not_take_is_an_error(job, monkeypatch):
     monkeypatch.setattr(wandb_mirror, "_start", lambda *arguments: (_ for _ in ()).throw(TimeoutError("no network")))
     with pytest.raises(CkdError, match="not replayed in full: TimeoutError: no network"):
         replay(directory, {"tracking.wandb": "online"}, print)
+
+
+@pytest.fixture
+def mirror(tmp_path, capsys):
+    """Mirror some rounds of a run, which then ends, and return what was said."""
+
+    def of(rounds, end, **given):
+        directory = tmp_path / "runs" / "job"
+        directory.mkdir(parents=True, exist_ok=True)
+        said = []
+        made = wandb_mirror.WandbMirror(directory, resolve({"dataset": "toy", **given}, {}), {"split": "s"}, said.append)
+        for number in rounds:
+            made.log({"event": "round", "round": number, "val/recall@20": number / 10})
+        made.finish(end)
+        assert not made.given_up
+        wandb.teardown()  # as the process that goes on is another
+        return "\n".join(said)
+
+    return of
+
+
+def rounds(server):
+    return [(row["_step"], row["round"], row["val/recall@20"]) for row in server.history() if "val/recall@20" in row]
+
+
+def test_a_run_that_is_gone_on_with_goes_on_in_its_w_and_b_run(mirror, server):
+    said = mirror([1, 2], {"failed": "the power went"})
+    assert server.exit_code == 1
+    (first,) = set(server.ids)
+    said = mirror([2, 3], {"final/student/test/recall@20": 0.5}, resume="job")
+    assert f"online run {first} goes on" in said
+    assert "replay" not in said
+    assert set(server.ids) == {first}
+    assert rounds(server) == [(0, 1, 0.1), (1, 2, 0.2), (2, 2, 0.2), (3, 3, 0.3)]
+    assert server.exit_code == 0
+
+
+def test_one_that_w_and_b_no_longer_has_goes_on_in_another(mirror, server):
+    mirror([1, 2], {"failed": "the power went"})
+    (first,) = set(server.ids)
+    server.ids.clear()
+    server.rows.clear()
+    said = mirror([3], {}, resume="job")
+    assert f"its run {first} cannot be gone on with" in said
+    assert "`ckd-fed wandb replay job` makes one run of all" in said
+    (second,) = set(server.ids) - {first}
+    assert rounds(server) == [(0, 3, 0.3)]
+    assert f"online run {second} goes on" in mirror([4], {}, resume="job")
+
+
+@pytest.mark.parametrize("given", [{"tracking.project": "another"}, {"tracking.wandb": "offline"}], ids=["another project", "offline"])
+def test_elsewhere_it_is_another_run(mirror, server, given):
+    mirror([1], {"failed": "the power went"})
+    (first,) = set(server.ids)
+    said = mirror([2], {}, resume="job", **given)
+    assert f"run {first}" not in said
+    assert "`ckd-fed wandb replay job` makes one run of all" in said
+
+
+def test_a_damaged_note_of_its_w_and_b_run_costs_nothing(mirror, server, tmp_path):
+    mirror([1], {})
+    (tmp_path / "runs/job/wandb/runs.json").write_text("[")
+    assert "makes one run of all" in mirror([2], {}, resume="job")
 
 
 @pytest.mark.parametrize("fault", ["refuse", "hang", "slow", "dead"])

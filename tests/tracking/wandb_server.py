@@ -10,14 +10,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Attributes: ``rows`` (history as received), ``summary``, ``config``, ``runs`` (names), ``fault``: None, "refuse", "hang" or "slow"."""
+    """Attributes: ``rows`` (history as received, of all runs), ``summary``, ``config``, ``runs`` (names) and their ``ids``, which may be
+    taken out, ``fault``: None, "refuse", "hang" or "slow".
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.fault = None
-        self.rows, self.runs, self.operations, self.uploads = {}, [], [], []
+        self.rows, self.runs, self.ids, self.operations, self.uploads = {}, [], [], [], []
         self.config, self.tags, self.group, self.job_type, self.exit_code = {}, [], "", "", None
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -79,6 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         project = {"id": "P", "name": "ckd_fed", "entity": {"id": "E", "name": "me"}}
         if "upsertBucket" in query:
             server.runs.append(variables.get("displayName"))
+            server.ids.append(variables.get("name"))
             server.tags = variables.get("tags") or server.tags
             server.group = variables.get("groupName") or server.group
             server.job_type = variables.get("jobType") or server.job_type
@@ -86,6 +89,15 @@ class _Handler(BaseHTTPRequestHandler):
                 server.config.update(json.loads(variables["config"]))
             bucket = {"id": "B", "name": variables.get("name"), "displayName": variables.get("displayName"), "config": "{}", "project": project}
             self._answer({"data": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0, "sweepName": None}, "inserted": True}}})
+        elif "RunResumeStatus" in query:
+            rows = server.history()
+            known = {
+                "name": variables.get("name"), "displayName": "job", "logLineCount": 0, "historyLineCount": len(rows), "eventsLineCount": 0,
+                "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}",
+                "tags": server.tags, "wandbConfig": "{\"t\": 1}",
+            }  # fmt: skip
+            bucket = known if variables.get("name") in server.ids else None
+            self._answer({"data": {"model": {**project, "bucket": bucket}}})
         elif "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{server.url}/upload/{name}"} for name in variables.get("files", [])]
             self._answer({"data": {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}})
