@@ -74,10 +74,15 @@ class Index:
         return cls(parts[0], (parts[1], parts[2]) if len(parts) > 1 else None)
 
     @cached_property
-    def halves(self) -> Pairs:
-        """The first half of the rows and the second, with the first and second rows of the differences after them."""
-        first, second = self.rows.chunk(2)
-        return (first, second) if self.pairs is None else (torch.cat([first, self.pairs[0]]), torch.cat([second, self.pairs[1]]))
+    def apart(self) -> Tensor:
+        """First and second row of each difference, side by side, ``(2 k,)``."""
+        assert self.pairs is not None
+        return torch.stack(self.pairs, dim=1).view(-1)
+
+    @cached_property
+    def all_apart(self) -> Tensor:
+        """As :attr:`apart`, after the same of the first half of the rows and the second, ``(n + 2 k,)``."""
+        return torch.cat([torch.stack(self.rows.chunk(2), dim=1).view(-1), self.apart])
 
     @property
     def parts(self) -> list[Tensor]:
@@ -205,7 +210,7 @@ def gather_rows(table: Tensor, index: Index) -> tuple[Tensor, Tensor | None]:
         rows, difference = _Gather.apply(table, index)
         return rows, difference
     rows = F.embedding(index.rows, table)
-    return rows, None if index.pairs is None else _apart(table, index.pairs)
+    return rows, None if index.pairs is None else F.embedding(index.pairs[0], table) - F.embedding(index.pairs[1], table)
 
 
 class BlockMargins(NamedTuple):
@@ -245,17 +250,14 @@ def composed_margins(users: Tensor, items: Tensor, of_users: Index, of_items: In
     return ranking, None if difference is None else (by_user[b:] * difference).sum(-1), squares
 
 
-def differences(table: Tensor, pairs: Pairs) -> Tensor:
-    """``table[pairs[0]] - table[pairs[1]]`` without gradient, ``(n, d)``."""
+def differences(table: Tensor, apart: Tensor) -> Tensor:
+    """``table[apart[0]] - table[apart[1]]`` and so on, without gradient: ``(n, d)`` of ``(2 n,)`` rows."""
     if table.device.type != "cpu":
-        return _apart(table.detach(), pairs)
+        first, second = F.embedding(apart.view(-1, 2), table.detach()).unbind(1)
+        return first - second
     # A bag of the two rows with weights 1 and -1: the same bits, and neither row is laid out.
-    starts, signs = _bags_of_two(len(pairs[0]), table.dtype)
-    return F.embedding_bag(torch.stack(pairs, dim=1).view(-1), table.detach(), starts, mode="sum", per_sample_weights=signs)
-
-
-def _apart(table: Tensor, pairs: Pairs) -> Tensor:
-    return F.embedding(pairs[0], table) - F.embedding(pairs[1], table)
+    starts, signs = _bags_of_two(len(apart) // 2, table.dtype)
+    return F.embedding_bag(apart, table.detach(), starts, mode="sum", per_sample_weights=signs)
 
 
 @lru_cache(maxsize=16)
@@ -269,7 +271,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, index: Index) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.index, ctx.kind = index, index.kind(table)
-        return F.embedding(index.rows, table), None if index.pairs is None else differences(table, index.pairs)
+        return F.embedding(index.rows, table), None if index.pairs is None else differences(table, index.apart)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -304,7 +306,7 @@ class _BlockMargins(torch.autograd.Function):
         if of_items.pairs is None:
             return ranking, None, squares
         # In front of each there is room for the ranking batch's gradients.
-        ctx.apart = differences(items, of_items.halves)
+        ctx.apart = differences(items, of_items.all_apart)
         ctx.theirs = users.new_empty((len(of_users.rows) + b, users.shape[1]))
         theirs = torch.index_select(users, 0, of_users.rows[b:], out=ctx.theirs[2 * b :])
         return ranking, (theirs * ctx.apart[b:]).sum(-1), squares
@@ -322,9 +324,8 @@ class _BlockMargins(torch.autograd.Function):
         if ranking is not None:
             signal = ranking.unsqueeze(1)
             to_users[:b].addcmul_(apart, signal)
-            of_pair = mine * signal
-            to_items[:b] += of_pair
-            to_items[b : 2 * b] -= of_pair
+            to_items[:b].addcmul_(mine, signal)
+            to_items[b : 2 * b].addcmul_(mine, signal, value=-1)
         if of_items.pairs is not None:
             signal = mine.new_zeros(len(to_users) - b) if distillation is None else distillation
             factors = torch.cat([mine.new_ones(2 * b), signal])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckd_fed.config import Config, resolve
 from ckd_fed.data.dataset import Dataset, load_dataset
-from ckd_fed.data.standin import generate_standin
+from ckd_fed.data.standin import generate_standin, is_standin
 from ckd_fed.errors import ConfigError, DataError, unknown
 from ckd_fed.files import expanded
 from ckd_fed.home import home
@@ -22,7 +22,7 @@ def locate(config: Config, node_config: Mapping[str, object] | None = None) -> t
     is not there and a stand-in exists for it, the stand-in is generated (once) and used.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: the folder does not exist, or is a stand-in where none is wanted.
         ConfigError: the dataset is unknown, or has no stand-in where one is demanded.
     """
     standin, root = config.data.standin, home(config, node_config) / "data"
@@ -33,10 +33,10 @@ def locate(config: Config, node_config: Mapping[str, object] | None = None) -> t
             raise ConfigError(f"the dataset folder is {given!r}; an absolute path is needed, because Flower starts the apps in folders of its own")
         if not path.is_dir():
             raise DataError(f"the dataset folder {path} does not exist on this machine")
-        return path, False
+        return _labelled(path, standin)
     real = root / config.dataset
     if standin != "always" and real.is_dir():
-        return real, False
+        return _labelled(real, standin)
     if config.dataset in STANDINS and standin != "never":
         return generate_standin(root / f"{config.dataset}-standin"), True
     if standin == "always":
@@ -46,6 +46,13 @@ def locate(config: Config, node_config: Mapping[str, object] | None = None) -> t
         f"{unknown('dataset', config.dataset, [*present, *STANDINS])}; put its files into {real}, or name their folder with data.dir "
         "(on a node: data-dir in its node-config)"
     )
+
+
+def _labelled(path: Path, standin: str) -> tuple[Path, bool]:
+    found = is_standin(path)
+    if found and standin == "never":
+        raise DataError(f"the dataset folder {path} holds the generated stand-in, and data.standin is 'never'; name the real set's folder")
+    return path, found
 
 
 def resolve_for_data(*layers: Mapping[str, object]) -> Config:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ckd_fed.data.dataset import SPLITS, load_dataset
 from ckd_fed.data.folder import whole_folder
 from ckd_fed.data.manifest import NAME, read_manifest, write_manifest
+from ckd_fed.data.standin import MARKER
 from ckd_fed.errors import DataError
 
 STUDENT = "student"
@@ -22,7 +23,7 @@ def split_by_modality(source: Path, destination: Path) -> dict[str, list[str]]:
     """Write one folder a node: ``teacher-<modality>`` for each modality, and ``student``.
 
     A teacher's folder holds the split, its modality's features and mask, and a manifest of just these; neither another modality's features nor
-    the lists of the source's user and item ids, which a teacher does not need.
+    the lists of the source's user and item ids, which a teacher does not need. All are marked as the stand-in if it is one.
 
     Args:
         source: a dataset.
@@ -44,7 +45,7 @@ def split_by_modality(source: Path, destination: Path) -> dict[str, list[str]]:
             folder = fresh / (STUDENT if modality is None else teacher_folder(modality))
             folder.mkdir()
             modalities = dataset.modalities if modality is None else (modality,)
-            names = [f"{split}.json" for split in SPLITS]
+            names = [MARKER, *(f"{split}.json" for split in SPLITS)]
             names += [f"{one}_feat.npy" for one in modalities] + [f"{one}_mask.npy" for one in modalities]
             names += ["users.json", "items.json"] if modality is None else []
             for name in names:

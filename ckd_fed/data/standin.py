@@ -91,6 +91,11 @@ class Plan:
 DEFAULT_PLAN = Plan()
 
 
+def is_standin(directory: Path) -> bool:
+    """Whether a dataset's folder is a stand-in, or was made of one."""
+    return (directory / MARKER).is_file()
+
+
 def generate_standin(directory: Path, seed: int = DEFAULT_SEED, plan: Plan = DEFAULT_PLAN) -> Path:
     """Write the stand-in unless it is there already.
 

@@ -45,8 +45,8 @@ def margin_sheet(
     sheet = np.empty((len(steps), steps[0].ranking.shape[1] + steps[0].distillation.shape[1]), dtype=dtype)
     for row, step in zip(sheet, steps, strict=True):
         triples = np.concatenate([step.ranking, step.distillation], axis=1)
-        users, first, second = torch.from_numpy(triples).long().to(device)
-        margin = F.embedding(users, teacher.users).mul_(differences(teacher.items, (first, second))).sum(-1)
+        users, apart = torch.from_numpy(triples[0]).long().to(device), torch.from_numpy(triples[1:].T.reshape(-1)).long().to(device)
+        margin = F.embedding(users, teacher.users).mul_(differences(teacher.items, apart)).sum(-1)
         row[:] = margin.clamp(-limit, limit).cpu().numpy()
         if mask is not None:
             row[~asked_about(mask, triples)] = 0

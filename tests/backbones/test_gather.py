@@ -68,8 +68,14 @@ def test_without_a_distillation_batch_there_is_no_such_margin(generator):
 
 def test_differences_need_no_gradient(generator):
     table = torch.randn(5, 4, generator=generator, requires_grad=True)
-    assert not differences(table, (torch.tensor([0]), torch.tensor([1]))).requires_grad
-    assert torch.equal(F.embedding(torch.tensor([3]), table) - table[2], differences(table, (torch.tensor([3]), torch.tensor([2]))))
+    assert not differences(table, torch.tensor([0, 1])).requires_grad
+    assert torch.equal(F.embedding(torch.tensor([3]), table) - table[2], differences(table, torch.tensor([3, 2])))
+
+
+def test_differences_elsewhere_than_on_a_cpu():
+    """torch's bags of weighted rows are for the CPU here; the meta device stands for the others."""
+    found = differences(torch.empty(5, 4, device="meta"), torch.zeros(6, dtype=torch.long, device="meta"))
+    assert (found.device.type, found.shape) == ("meta", (3, 4))
 
 
 def test_gradients_are_added_in_the_order_of_the_index(generator):

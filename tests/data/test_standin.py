@@ -3,13 +3,17 @@
 import hashlib
 import json
 import multiprocessing
+import shutil
 import stat
 
 import numpy as np
 import pytest
 
+from ckd_fed.config import resolve
 from ckd_fed.data.dataset import dense_features, load_dataset
 from ckd_fed.data.features import features_fingerprint
+from ckd_fed.data.locate import open_dataset
+from ckd_fed.data.silos import split_by_modality
 from ckd_fed.data.standin import DEFAULT_SEED, MARKER, VERSION, generate_standin
 from ckd_fed.errors import DataError
 
@@ -145,3 +149,20 @@ def test_processes_that_race_all_end_with_the_same_complete_dataset(standin, tmp
     assert {found.get() for _ in racers} == {standin.fingerprint}
     assert contents(directory) == contents(standin.directory)
     assert [path.name for path in directory.parent.iterdir()] == ["baby-standin"]
+
+
+def test_it_is_one_wherever_it_is_named(standin, tmp_path, refuses):
+    """By a folder of one's own, and in the silos that were made of it."""
+    split_by_modality(standin.directory, tmp_path / "silos")
+    for folder, opened in ((standin.directory, None), (tmp_path / "silos/student", None), (tmp_path / "silos/teacher-text", ["text"])):
+        found = open_dataset(resolve({"data.dir": str(folder)}, {}), modalities=opened, at_least=1)
+        assert found.standin
+        assert found.name == "baby (generated stand-in)"
+        assert open_dataset(resolve(), {"data-dir": str(folder)}, modalities=opened, at_least=1).standin
+        never = resolve({"data.dir": str(folder), "data.standin": "never"}, {})
+        refuses(DataError, lambda one=never: open_dataset(one), folder, "stand-in", "data.standin")
+
+
+def test_of_a_name_of_its_own_it_is_one_too(standin, tmp_path):
+    shutil.copytree(standin.directory, tmp_path / "data/copied")
+    assert open_dataset(resolve({"dataset": "copied", "home": str(tmp_path)}, {})).standin
