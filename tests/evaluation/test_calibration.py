@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.backbones.build import build_backbone
-from ckd_fed.evaluation.calibration import calibrate, calibration_views, combine, view_name
+from ckd_fed.evaluation.calibration import _spread, calibrate, calibration_views, combine, view_name
 from ckd_fed.evaluation.ranking import evaluate
 
 N_USERS, N_ITEMS = 40, 25
@@ -101,11 +101,21 @@ def test_nothing_to_fit_on_leaves_the_first_view(split, interactions):
 
 def test_many_users_are_sampled_evenly(split, interactions, monkeypatch):
     train, val = split[0], without_overlap(*split, interactions)
-    monkeypatch.setattr("ckd_fed.evaluation.calibration._MOST_USERS", 10)
     tables = random_tables(JOINT, A)
-    one, two = calibrate(tables, train, val), calibrate(tables, train, val)
-    assert one == two
-    assert one.weights != {JOINT: 1.0}
+    chosen = val.users[np.linspace(0, len(val.users) - 1, 10).astype(int)]
+    theirs = interactions([val.items[val.indptr[u] : val.indptr[u + 1]] if u in chosen else [] for u in range(N_USERS)], N_ITEMS)
+    expected, whole = calibrate(tables, train, theirs), calibrate(tables, train, val)
+    monkeypatch.setattr("ckd_fed.evaluation.calibration._MOST_USERS", 10)
+    assert calibrate(tables, train, val) == expected
+    assert expected != whole
+
+
+def test_the_spread_of_a_view_is_that_of_a_users_scores():
+    (table,) = random_tables(A).values()
+    shifted = Embeddings(table.users, table.items + 3)  # the same scores for a user but for a constant
+    expected = (table.users @ table.items.T).std(1, correction=0).mean()
+    torch.testing.assert_close(_spread(table), expected)
+    torch.testing.assert_close(_spread(shifted), expected)
 
 
 def test_views_and_their_names(random_interactions, random_features):
