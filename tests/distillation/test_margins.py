@@ -8,6 +8,7 @@ import torch
 
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.data.triples import TripleStream
+from ckd_fed.distillation import margins
 from ckd_fed.distillation.margins import DTYPES, largest_margin, margin_sheet
 
 
@@ -55,6 +56,16 @@ def test_nothing_is_said_of_items_without_the_modality(steps):
     asked = np.stack([[mask[i] and mask[j] for _, i, j in [*step.ranking.T, *step.distillation.T]] for step in steps])
     assert 0 < asked.sum() < asked.size
     np.testing.assert_array_equal(sheet, np.where(asked, whole, 0))
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 1000], ids="{} steps at once".format)
+def test_steps_at_once_are_the_same_sheet(steps, monkeypatch, at_once):
+    """As on a GPU."""
+    mask = np.arange(14) % 3 != 0
+    expected = margin_sheet(tables(), steps, DTYPES["float32"], mask=mask)
+    monkeypatch.setitem(margins._AT_ONCE, "cpu", at_once)
+    assert len(steps) > 3
+    np.testing.assert_array_equal(margin_sheet(tables(), steps, DTYPES["float32"], mask=mask), expected)
 
 
 def test_the_largest_margin_does_not_exceed_the_bound():
