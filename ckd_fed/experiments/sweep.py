@@ -28,6 +28,7 @@ _IRRELEVANT = (
     "tracking.",
     "training.threads",
     "training.device",
+    "training.cuda-graphs",
     "home",
     "data.dir",
 )  # may differ between runs that are compared; data by what is in them
