@@ -73,6 +73,8 @@ class WandbMirror:
         if self._run is None:
             return
         try:
+            if self._run.resumed and "failed" not in summary and self._run.summary.get("failed"):
+                del self._run.summary["failed"]  # why it ended before
             self._run.summary.update(dict(summary))
             _within(_FINISH_SECONDS, self._attach)
         except Exception as error:

@@ -178,6 +178,7 @@ def rounds(server):
 def test_a_run_that_is_gone_on_with_goes_on_in_its_w_and_b_run(mirror, server):
     said = mirror([1, 2], {"failed": "the power went"})
     assert server.exit_code == 1
+    assert server.summary["failed"] == "the power went"
     (first,) = set(server.ids)
     said = mirror([2, 3], {"final/student/test/recall@20": 0.5}, resume="job")
     assert f"online run {first} goes on" in said
@@ -185,6 +186,8 @@ def test_a_run_that_is_gone_on_with_goes_on_in_its_w_and_b_run(mirror, server):
     assert set(server.ids) == {first}
     assert rounds(server) == [(0, 1, 0.1), (1, 2, 0.2), (2, 2, 0.2), (3, 3, 0.3)]
     assert server.exit_code == 0
+    assert server.summary["final/student/test/recall@20"] == 0.5
+    assert "failed" not in server.summary
 
 
 def test_one_that_w_and_b_no_longer_has_goes_on_in_another(mirror, server):

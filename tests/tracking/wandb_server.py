@@ -20,6 +20,7 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.fault = None
         self.rows, self.runs, self.ids, self.operations, self.uploads = {}, [], [], [], []
+        self.summary = {}
         self.config, self.tags, self.group, self.job_type, self.exit_code = {}, [], "", "", None
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -69,6 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if name == "wandb-history.jsonl":
                     for place, line in enumerate(chunk["content"]):
                         server.rows[chunk["offset"] + place] = json.loads(line)
+                elif name == "wandb-summary.json":
+                    server.summary = json.loads(chunk["content"][-1])
             if sent.get("complete"):
                 server.exit_code = sent.get("exitcode")
             self._answer({"exitcode": None, "limits": {}})
@@ -93,7 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
             rows = server.history()
             known = {
                 "name": variables.get("name"), "displayName": "job", "logLineCount": 0, "historyLineCount": len(rows), "eventsLineCount": 0,
-                "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}",
+                "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "eventsTail": "[]",
+                "summaryMetrics": json.dumps(server.summary), "config": json.dumps(server.config),
                 "tags": server.tags, "wandbConfig": "{\"t\": 1}",
             }  # fmt: skip
             bucket = known if variables.get("name") in server.ids else None
