@@ -14,6 +14,7 @@ from typing import Any
 from ckd_fed.config import Config
 from ckd_fed.files import write_atomically
 from ckd_fed.home import code_version
+from ckd_fed.tracking.record import read_rows
 
 _TRIES = 3  # failures in a row after which W&B is given up
 _INIT_SECONDS = 20.0
@@ -26,10 +27,10 @@ class WandbMirror:
     """One W&B run, written by the one process that also writes ``metrics.jsonl``.
 
     Rounds are a metric, ``round``, and every other metric is plotted over it. A run that is gone on with goes on in its W&B run where both
-    are online; rounds that are done again stand there twice, with the same numbers. Offline it is a W&B run of its own from there on, and
-    ``ckd-fed wandb replay`` makes one of all. Only ``round`` and ``final`` rows are mirrored: they hold all that is plotted. Beside them
-    there are two tables, ``tables/final`` (a row a model) and ``tables/groups`` (recall by groups of users and items), and, unless
-    ``tracking.artifacts`` is off, two artifacts, the best student and the resolved configuration.
+    are online: recorded rounds that it lacks are sent first, and those that are done again stand there twice, with the same numbers. Offline
+    it is a W&B run of its own from there on, and ``ckd-fed wandb replay`` makes one of all. Only ``round`` and ``final`` rows are mirrored:
+    they hold all that is plotted. Beside them there are two tables, ``tables/final`` (a row a model) and ``tables/groups`` (recall by groups
+    of users and items), and, unless ``tracking.artifacts`` is off, two artifacts, the best student and the resolved configuration.
 
     Args:
         directory: of the run; W&B writes into ``wandb/`` below it.
@@ -49,10 +50,20 @@ class WandbMirror:
         try:
             self._run = _init(directory, config, facts, write)
             write(f"W&B: {self._run.settings.mode} run {self._run.id}{' goes on' if self._run.resumed else ''} in {directory / 'wandb'}")
-            if config.resume and not self._run.resumed:
+            if self._run.resumed:
+                self._send_lost()
+            elif config.resume:
                 write(f"W&B: that run holds the rounds from here on; `ckd-fed wandb replay {config.resume}` makes one run of all, at the end")
         except Exception as error:
             self._give_up(error)
+
+    def _send_lost(self) -> None:
+        """Log the recorded rounds after the last that W&B has: a process that was ended may have had some of them waiting."""
+        last = self._run.summary.get("round") or 0
+        recorded = self._directory / "metrics.jsonl"
+        for row in read_rows(recorded) if recorded.is_file() else []:
+            if row["event"] == "round" and row["round"] > last:
+                self.log(row)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Mirror a row of ``metrics.jsonl``; never raises."""

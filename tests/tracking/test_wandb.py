@@ -190,6 +190,15 @@ def test_a_run_that_is_gone_on_with_goes_on_in_its_w_and_b_run(mirror, server):
     assert "failed" not in server.summary
 
 
+def test_rounds_that_never_reached_w_and_b_are_sent_when_the_run_is_gone_on_with(mirror, server, tmp_path):
+    """A process that is killed takes the rows with it that waited to be sent; metrics.jsonl has them."""
+    mirror([1, 2], {"failed": "the power went"})
+    rows = [{"event": "start"}, *({"event": "round", "round": n, "val/recall@20": n / 10} for n in (1, 2, 3, 4)), {"event": "resume", "round": 4}]
+    (tmp_path / "runs/job/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mirror([5], {}, resume="job")
+    assert rounds(server) == [(n - 1, n, n / 10) for n in (1, 2, 3, 4, 5)]
+
+
 def test_one_that_w_and_b_no_longer_has_goes_on_in_another(mirror, server):
     mirror([1, 2], {"failed": "the power went"})
     (first,) = set(server.ids)
