@@ -97,9 +97,9 @@ class Role:
         trainer.backbone.start_epoch(0, torch.Generator().manual_seed(0))
         *before, last = batches(triples, self.sheets(triples), trainer.dataset.masks, like.device, like.dtype)
         for packed in before:
-            trainer._step(packed)
+            trainer.step(packed)
         with no_waiting(trainer.device) if trainer.backbone.static_steps else nullcontext():
-            trainer._step(last)
+            trainer.step(last)
 
 
 def peak(device: torch.device) -> str:

@@ -9,32 +9,14 @@ must be the same operations every time, without the host looking at any of their
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from ckd_fed.training.batches import Packed
+from ckd_fed.training.means import Numbers
 
 EAGER = 2  # steps before the recorded one: the first of an epoch may build a graph, the second what is kept of it; libraries and Adam set up
-
-
-class Numbers(NamedTuple):
-    """A step's numbers for the log.
-
-    Attributes:
-        names: of the numbers.
-        values: ``(n,)``.
-        weights: what each counts for, ``(n,)``; None for 1.
-    """
-
-    names: list[str]
-    values: Tensor
-    weights: Tensor | None
-
-    def copy(self) -> Numbers:
-        """The same in memory of its own."""
-        return Numbers(self.names, self.values.clone(), None if self.weights is None else self.weights.clone())
 
 
 Step = Callable[[Packed], Numbers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,6 +9,24 @@ from torch import Tensor
 from ckd_fed.distillation.effects import LOWEST
 
 Values = dict[str, float]
+
+
+class Numbers(NamedTuple):
+    """A step's numbers for the log.
+
+    Attributes:
+        names: of the numbers.
+        values: ``(n,)``.
+        weights: what each counts for in means over steps, at most 1, ``(n,)``; None for 1.
+    """
+
+    names: list[str]
+    values: Tensor
+    weights: Tensor | None = None
+
+    def copy(self) -> Numbers:
+        """The same in memory of its own."""
+        return Numbers(self.names, self.values.clone(), None if self.weights is None else self.weights.clone())
 
 
 class _Sum(NamedTuple):
@@ -26,10 +43,10 @@ class Means:
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], _Sum] = {}  # by the names of a step's numbers
 
-    def update(self, names: Sequence[str], numbers: Tensor, weights: Tensor | None = None) -> None:
-        """Add a step's numbers ``(n,)``, each with its weight ``(n,)``, at most 1 and by default that."""
-        numbers = numbers.detach().double()
-        self._add(tuple(names), _Sum(1, numbers if weights is None else numbers * weights, weights))
+    def update(self, numbers: Numbers) -> None:
+        """Add a step's numbers."""
+        values, weights = numbers.values.detach().double(), numbers.weights
+        self._add(tuple(numbers.names), _Sum(1, values if weights is None else values * weights, weights))
 
     def merge(self, other: Means) -> None:
         """Add all steps of others."""

@@ -26,8 +26,8 @@ from ckd_fed.training.adam import Adam
 from ckd_fed.training.allocator import give_back_freed_memory
 from ckd_fed.training.balancing import Balancing
 from ckd_fed.training.batches import Packed, batches
-from ckd_fed.training.captured import Captured, CudaRecorder, Numbers, Recorder
-from ckd_fed.training.means import Means, Values
+from ckd_fed.training.captured import Captured, CudaRecorder, Recorder
+from ckd_fed.training.means import Means, Numbers, Values
 
 
 class Trainer:
@@ -133,12 +133,12 @@ class Trainer:
         self.backbone.start_epoch(epoch, self._generator(epoch))
         self.balancing.start_epoch(self._generator(epoch, "ckd-balancing-1"))
         at_once = nullcontext() if self.balancing.reads_gradients else self.optimizer.in_backward()
-        step = self._step if self._recorder is None else Captured(self._step, self._recorder)
+        step = self.step if self._recorder is None else Captured(self.step, self._recorder)
         try:
             drawn = self.stream.steps(epoch, self.share) if steps is None else steps
             with at_once:
                 for packed in batches(drawn, sheets, self.dataset.masks, like.device, like.dtype):
-                    means.update(*step(packed))
+                    means.update(step(packed))
         except (MemoryError, RuntimeError) as error:
             if not _of_memory(error):
                 raise
@@ -155,8 +155,8 @@ class Trainer:
             into.merge(means)
         return values
 
-    def _step(self, packed: Packed) -> Numbers:
-        """One step of the optimiser, and its numbers."""
+    def step(self, packed: Packed) -> Numbers:
+        """One step of the optimiser within an epoch, and its numbers."""
         ranking, distillation, margins = packed.batch()
         self._catch_up(ranking, distillation)
         if self.objective is None or distillation is None:

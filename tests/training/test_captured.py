@@ -89,7 +89,7 @@ def operations_of_steps(trainer, n):
     found = []
     for packed in batches(triples, sheets_of(trainer, n), trainer.dataset.masks, trainer.device, torch.float32):
         with Operations() as operations:
-            trainer._step(packed)
+            trainer.step(packed)
         found.append(operations)
     return found
 
@@ -191,6 +191,6 @@ def test_a_gpu_replays_and_never_waits(build, backbone):
     if plain.backbone.static_steps:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            plain._step(packed)
+            plain.step(packed)
         finally:
             torch.cuda.set_sync_debug_mode("default")
