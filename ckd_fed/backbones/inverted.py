@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ckd_fed.kernels import kernels
+
 
 def ascending(numbers: np.ndarray) -> np.ndarray:
     """Places of whole numbers, from 0 to below 2^32, in ascending order of the numbers and of equal ones as they come.
@@ -26,6 +28,17 @@ def ascending(numbers: np.ndarray) -> np.ndarray:
     return places
 
 
+def check_rows(index: Tensor, n: int) -> None:
+    """See that an index on the CPU is of rows of a table of n, as compiled code does not.
+
+    Raises:
+        IndexError: it is not.
+    """
+    numbers = index.numpy()
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < n:
+        raise IndexError(f"rows from {numbers.min()} to {numbers.max()} are read of a table that has {n}")
+
+
 class Inverted:
     """An inverted index, on the CPU.
 
@@ -35,21 +48,30 @@ class Inverted:
 
     Attributes:
         places: of the index, ascending by what they name, ``(k,)``.
-        starts: where in :attr:`places` the bag of each row starts.
+        starts: where in :attr:`places` the bag of each row starts, and where the last one ends, ``(number of bags + 1,)``.
         rows: numbers of the rows that have a bag, ascending; None for all n.
+
+    Raises:
+        IndexError: a row is not among the n.
     """
 
     def __init__(self, index: Tensor, n: int | None = None) -> None:
         numbers = index.numpy()
-        places = ascending(numbers)
         self.rows: Tensor | None = None
+        if n is not None:
+            check_rows(index, n)
+        compiled = kernels()
+        if n is not None and compiled is not None:
+            self.places, self.starts = compiled.inverted(index.contiguous(), n)
+            return
+        places = ascending(numbers)
         if n is None:
             ordered = numbers[places]
-            starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else places
-            self.rows = torch.from_numpy(ordered[starts])
+            starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]])) if len(ordered) else np.zeros(1, dtype=np.int64)
+            self.rows = torch.from_numpy(ordered[starts[:-1]])
         else:
-            starts = np.zeros(n, dtype=np.int64)
-            np.cumsum(np.bincount(numbers, minlength=n)[:-1], out=starts[1:])
+            starts = np.zeros(n + 1, dtype=np.int64)
+            np.cumsum(np.bincount(numbers, minlength=n), out=starts[1:])
         self.places, self.starts = torch.from_numpy(places), torch.from_numpy(starts)
 
     def sums(self, source: Tensor, at: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
@@ -63,7 +85,9 @@ class Inverted:
         Returns:
             ``(number of bags, d)``; 0 where a bag is empty.
         """
-        return F.embedding_bag(self.places if at is None else at, source, self.starts, mode="sum", per_sample_weights=factors)
+        return F.embedding_bag(
+            self.places if at is None else at, source, self.starts, mode="sum", per_sample_weights=factors, include_last_offset=True
+        )
 
 
 def distinct(index: Tensor) -> Tensor:
@@ -78,7 +102,7 @@ def compacted(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     flat = torch.cat([index.reshape(-1) for index in indices])
     inverted = Inverted(flat)
     assert inverted.rows is not None
-    rows, sizes = inverted.rows, np.diff(inverted.starts.numpy(), append=len(flat))
+    rows, sizes = inverted.rows, np.diff(inverted.starts.numpy())
     positions = torch.empty_like(flat)
     positions[inverted.places] = torch.from_numpy(np.repeat(np.arange(len(rows)), sizes))
     parts = positions.split([index.numel() for index in indices])

@@ -84,6 +84,7 @@ def node_checks(path: Path, dataset: str) -> Iterator[Check]:
     yield _check("packages", _packages)
     yield _check("role", lambda: _role(node))
     yield _check("device", lambda: _device(str(node.get("device", "auto"))))
+    yield _check("kernels", lambda: _kernels(node))
     yield _check("workspace", lambda: _workspace(node))
     yield _check("data", lambda: _data(node, dataset))
     secure = bool(node.get("secure", True))
@@ -148,6 +149,14 @@ def _device(name: str) -> str:
         free, total = torch.cuda.mem_get_info(device)
         return f"{device}, {torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     return f"{device}, {os.cpu_count()} CPUs" + (" (this machine shows no GPU)" if name == "auto" else "")
+
+
+def _kernels(node: Mapping[str, object]) -> str:
+    from ckd_fed.kernels import built, keep_in
+
+    keep_in(home(resolve({}), node) / "cache" / "kernels")
+    library, found = built()
+    return found if library else f"none, {found} (training on a CPU then takes longer; a GPU needs none)"
 
 
 def _workspace(node: Mapping[str, object]) -> str:

@@ -17,6 +17,7 @@ from ckd_fed.data.missing import hide
 from ckd_fed.data.triples import TripleStream, derive_key
 from ckd_fed.distillation.objective import DistillationObjective
 from ckd_fed.errors import ConfigError
+from ckd_fed.kernels import keep_in
 from ckd_fed.training.allocator import keep_freed_memory
 from ckd_fed.training.balancing import build_balancing
 from ckd_fed.training.fit import Fit
@@ -87,14 +88,16 @@ def build_trainer(
         distilled: train on the distillation objective rather than the backbone's own loss.
         device: where to train.
         share: (w, W), this worker's share of the steps; decides its learning rate too, see :func:`learning_rate`.
-        cache: folder where what is slow to build and never changes is kept from one process to the next (graphs of nearest items); None for
-            nowhere.
+        cache: folder where what is slow to build and never changes is kept from one process to the next (graphs of nearest items,
+            compiled kernels); None for nowhere.
     """
     keep_freed_memory()
     device = device or choose_device(config.training.device)
     dataset = hide(dataset, config.data.hidden_shares, config.seed)
     features = {m: dense_features(dataset, m) for m in dataset.modalities}
     seed = derive_key("ckd-init-1", config.seed, role) & 0x7FFFFFFF
+    if cache:
+        keep_in(cache / "kernels")
     with graphs_kept_in(cache / "nearest" if cache else None):
         backbone = build_backbone(
             config.backbone, dataset.train, features, config.model, seed=seed, masks=dataset.masks, device=device, feature_dtype=feature_dtype(config)

@@ -81,7 +81,18 @@ def failed(checks):
 def test_a_good_node_passes_every_check(node):
     checks = list(node_checks(node(), "toy"))
     assert failed(checks) == {}
-    assert [check.name for check in checks] == ["python", "packages", "role", "device", "workspace", "data", "certificate", "key", "superlink"]
+    assert [check.name for check in checks] == [
+        "python",
+        "packages",
+        "role",
+        "device",
+        "kernels",
+        "workspace",
+        "data",
+        "certificate",
+        "key",
+        "superlink",
+    ]
     lines = {check.name: check.line() for check in checks}
     assert "text 5-d" in lines["data"]
     assert "image" not in lines["data"]  # a teacher opens its own modality and no other

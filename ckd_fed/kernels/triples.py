@@ -1,0 +1,108 @@
+"""The compiled kernels as functions of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ckd_fed.kernels.build import built
+
+if TYPE_CHECKING:
+    from ckd_fed.backbones.inverted import Inverted
+
+_POINTER, _INT, _FLOAT, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint
+_SIGNATURES: dict[str, list[type]] = {
+    "ckd_margins": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _COUNT],
+    "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER, _COUNT],
+    "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
+}
+_TRIPLES = 128  # whose squares are one number
+
+
+class Kernels:
+    """Functions of contiguous tensors on the CPU: tables of float32, everything that is read of them in int64 and within their bounds.
+
+    Args:
+        library: as compiled.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        self._team = _team()
+
+    def margins(self, users: Tensor, items: Tensor, user: Tensor, first: Tensor, second: Tensor, ranked: int = 0) -> tuple[Tensor, Tensor]:
+        """Margins of triples, and the sum of squares of all rows that the first of them read.
+
+        Args:
+            users, items: tables, ``(n_users, d)`` and ``(n_items, d)``.
+            user, first, second: rows of each triple, ``(n,)``.
+            ranked: how many triples have their squares added up.
+
+        Returns:
+            ``users[user] . (items[first] - items[second])``, ``(n,)``; the sum, scalar.
+        """
+        n = len(user)
+        margin, squares = users.new_empty(n), torch.zeros(-(-ranked // _TRIPLES), dtype=torch.double)
+        pointers = [tensor.data_ptr() for tensor in (users, items, user, first, second, margin, squares)]
+        self._library.ckd_margins(*pointers[:2], users.shape[1], *pointers[2:5], n, ranked, *pointers[5:], self._team, torch.get_num_threads())
+        return margin, squares.sum().to(users.dtype)
+
+    def users_gradient(
+        self, users: Tensor, items: Tensor, bags: Inverted, first: Tensor, second: Tensor, margin: Tensor, ranked: int, squares: float
+    ) -> Tensor:
+        """Gradient of the users' rows that have a bag, ``(number of bags, d)``.
+
+        Args:
+            users, items, first, second, ranked: as of :meth:`margins`.
+            bags: the triples by their users.
+            margin: gradient of the margins, ``(n,)``.
+            squares: gradient of the squares' sum.
+        """
+        return self._gradient(users, items, bags, first, second, len(margin), ranked, margin, squares)
+
+    def items_gradient(self, users: Tensor, items: Tensor, bags: Inverted, user: Tensor, margin: Tensor, ranked: int, squares: float) -> Tensor:
+        """As :meth:`users_gradient` of the items' rows; ``bags`` are of all first items and then all second ones."""
+        return self._gradient(items, users, bags, user, None, len(margin), ranked, margin, squares)
+
+    def _gradient(
+        self, table: Tensor, other: Tensor, bags: Inverted, plus: Tensor, minus: Tensor | None, n: int, ranked: int, margin: Tensor, squares: float
+    ) -> Tensor:
+        found = table.new_empty((len(bags.starts) - 1, table.shape[1]))
+        rows, starts, places = (None if of is None else of.data_ptr() for of in (bags.rows, bags.starts, bags.places))
+        of_triples = plus.data_ptr(), None if minus is None else minus.data_ptr(), n, ranked, margin.data_ptr(), 2 * squares
+        to = found.data_ptr(), self._team, torch.get_num_threads()
+        self._library.ckd_gradient(table.data_ptr(), other.data_ptr(), table.shape[1], rows, starts, places, len(found), *of_triples, *to)
+        return found
+
+    def inverted(self, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """The places of an index ``(k,)`` in ascending order of the rows that they name, and where those of each of n rows start, ``(n + 1,)``."""
+        places, starts = torch.empty_like(index), torch.empty(n + 1, dtype=torch.long)
+        self._library.ckd_invert(index.data_ptr(), len(index), n, places.data_ptr(), starts.data_ptr())
+        return places, starts
+
+
+@cache
+def kernels() -> Kernels | None:
+    """What this machine compiled; None where it could not."""
+    library = built().library
+    return None if library is None else Kernels(library)
+
+
+def _team() -> int | None:
+    """The function by which torch's own OpenMP starts threads: those of a second OpenMP would fight with torch's for the cores.
+
+    None where torch has another kind of threads; kernels then run on one.
+    """
+    try:
+        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value

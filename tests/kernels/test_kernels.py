@@ -1,0 +1,226 @@
+"""The compiled kernels: what they compute, where they are kept, and doing without them."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+from ckd_fed.backbones import block_margins as block_margins_module
+from ckd_fed.backbones import gather as gather_module
+from ckd_fed.backbones import inverted as inverted_module
+from ckd_fed.backbones.base import Triples
+from ckd_fed.backbones.block_margins import block_margins, composed_margins, summed, triple_margins
+from ckd_fed.backbones.gather import Gather
+from ckd_fed.backbones.inverted import Inverted
+from ckd_fed.kernels import build, kernels
+
+N_USERS, N_ITEMS, B, K = 300, 200, 150, 700
+WIDTHS = [1, 7, 16, 20, 64, 80, 150]  # below, at and beside the kernels' 16 lanes and tiles of 64
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """A machine without a C compiler, from the call on."""
+
+    def take_away():
+        for module in (block_margins_module, inverted_module):
+            monkeypatch.setattr(module, "kernels", lambda: None)
+
+    return take_away
+
+
+@pytest.fixture
+def gathers(generator):
+    """Both batches, or the ranking batch alone: some users and items come often, some never."""
+
+    def draw(k=K):
+        users = torch.randint(N_USERS // 2, (B + k,), generator=generator).square() // (N_USERS // 2)
+        triples = [users, *torch.randint(N_ITEMS - 9, (2, B + k), generator=generator)]
+        return Gather(Triples(*(part[:B] for part in triples)), Triples(*(part[B:] for part in triples)) if k else None)
+
+    return draw
+
+
+@pytest.fixture
+def tables(generator):
+    """The users' and items' tables of a width."""
+    return lambda width: [torch.randn(n, width, generator=generator) for n in (N_USERS, N_ITEMS)]
+
+
+def values_and_gradients(compute, tables, gather, dtype):
+    """All in float64; the loss weighs each value differently."""
+    tables = [table.to(dtype).requires_grad_() for table in tables]
+    parts = [part for part in compute(*tables, gather.users, gather.items) if part is not None]
+    loss = sum((part * torch.linspace(-1, 2, part.numel(), dtype=dtype).view(part.shape)).sum() for part in parts)
+    return [x.to_dense().double() for x in (*parts, *torch.autograd.grad(loss, tables))]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("k", [0, K], ids=["plain", "distilled"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_margins_and_gradients_of_a_block(tables, gathers, monkeypatch, width, k, sparse):
+    if sparse:
+        monkeypatch.setattr(gather_module, "SPARSE_FROM", 0)
+        monkeypatch.setattr(gather_module, "SPARSE_ROWS", 0)
+    given, gather = tables(width), gathers(k)
+    found = values_and_gradients(block_margins, given, gather, torch.float32)
+    assert len(found) == (5 if k else 4)
+    torch.testing.assert_close(found, values_and_gradients(composed_margins, given, gather, torch.float64), rtol=1e-5, atol=1e-4)
+
+
+def test_any_number_of_threads_gives_the_same_bits(tables, gathers, monkeypatch):
+    given, gather, threads = tables(64), gathers(), torch.get_num_threads()
+    compiled = kernels()
+    try:
+        found = []
+        for n, team in ((1, compiled._team), (2, compiled._team), (3, compiled._team), (2, None)):
+            torch.set_num_threads(n)
+            monkeypatch.setattr(compiled, "_team", team)
+            found.append(values_and_gradients(block_margins, given, gather, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_tables_that_are_not_contiguous(tables, gathers):
+    given, gather = [table.T.contiguous().T for table in tables(20)], gathers()
+    assert not given[0].is_contiguous()
+    expected = values_and_gradients(composed_margins, given, gather, torch.float64)
+    torch.testing.assert_close(values_and_gradients(block_margins, given, gather, torch.float32), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_margins_of_triples_with_and_without_kernels(tables, gathers, without_kernels):
+    (users, items), gather = tables(64), gathers()
+    triples = gather.users.rows, *(torch.randint(N_ITEMS, (2, B + K)))
+    found = triple_margins(users, items, *triples)
+    user, first, second = (table[rows] for table, rows in zip((users, items, items), triples, strict=True))
+    torch.testing.assert_close(found, (user * (first - second)).sum(-1), rtol=1e-5, atol=1e-4)
+    without_kernels()
+    torch.testing.assert_close(triple_margins(users, items, *triples), found, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", [-1, 200, 2**40])
+def test_a_row_beyond_its_table_is_refused(tables, row):
+    users, items = tables(16)
+    user, first, second = torch.zeros(3, 2, dtype=torch.int64)
+    first[1] = row
+    with pytest.raises(IndexError, match=f"{row}.* 200"):
+        triple_margins(users, items, user, first, second)
+    gather = Gather(Triples(user, first, second), None)
+    with pytest.raises(IndexError, match=f"{row}.* 200"):
+        block_margins(users, items, gather.users, gather.items)
+
+
+@pytest.mark.parametrize("k", [0, 1, 4000])
+def test_an_inverted_index_with_and_without_kernels(generator, without_kernels, k):
+    index = torch.randint(500, (k,), generator=generator)
+    compiled = Inverted(index, 501)
+    without_kernels()
+    expected = Inverted(index, 501)
+    assert torch.equal(compiled.places, expected.places)
+    assert torch.equal(compiled.starts, expected.starts)
+
+
+def test_margins_of_views_are_sums_of_blocks(generator):
+    margins = [torch.randn(9, dtype=torch.double, generator=generator, requires_grad=True) for _ in range(3)]
+    views = [[0, 1, 2], [0, 2], [1]]
+    found = summed(margins, views)
+    for one, view in zip(found, views, strict=True):
+        torch.testing.assert_close(one, sum(margins[block] for block in view))
+    assert torch.autograd.gradcheck(lambda *blocks: summed(blocks, views), margins)
+    assert summed(margins, []) == []
+
+
+@pytest.fixture
+def built_anew(monkeypatch, tmp_path):
+    """Build for a home and with environment variables of the test's own; counts the compilations."""
+    compiled = []
+    compile_ = build._compile
+    monkeypatch.setattr(build, "_compile", lambda command, to: (compiled.append(command), compile_(command, to)))
+    monkeypatch.setattr(build, "_kept_in", [])
+    monkeypatch.setenv("CKD_FED_HOME", str(tmp_path / "home"))
+
+    def again(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return build.built.__wrapped__(), len(compiled)
+
+    return again
+
+
+def test_a_machine_compiles_once(built_anew, tmp_path):
+    (library, found), times = built_anew()
+    assert library is not None
+    assert times == 1
+    (kept,) = (tmp_path / "home" / "cache" / "kernels").iterdir()
+    assert found == str(kept)
+    (library, found), times = built_anew()
+    assert (library is not None, found, times) == (True, str(kept), 1)
+
+
+def test_it_is_kept_in_the_first_folder_that_is_named(built_anew, tmp_path):
+    for name in ("one", "two"):
+        build.keep_in(tmp_path / name)
+    (_, found), _ = built_anew()
+    assert found.startswith(str(tmp_path / "one"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+@pytest.mark.parametrize("value", ["0", "off", "No", "FALSE"])
+def test_kernels_can_be_switched_off(built_anew, value):
+    (library, found), times = built_anew(CKD_FED_KERNELS=value)
+    assert (library, times) == (None, 0)
+    assert f"CKD_FED_KERNELS={value}" in found
+
+
+def test_without_a_compiler(built_anew):
+    (library, found), times = built_anew(CC="no-such-compiler -O")
+    assert (library, found, times) == (None, "there is no C compiler 'no-such-compiler'", 0)
+
+
+def test_a_compiler_that_fails(built_anew, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'cc: no licence' >&2\necho more >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    (library, found), _ = built_anew(CC=str(compiler))
+    assert (library, found) == (None, "compiling failed: cc: no licence")
+    assert not list((tmp_path / "home" / "cache" / "kernels").iterdir())
+
+
+def test_a_compiler_that_does_not_know_this_processor(built_anew, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-march=native*) exit 1;; esac\nexec {shutil.which("cc")} "$@"\n')
+    compiler.chmod(0o755)
+    (library, _), _ = built_anew(CC=str(compiler))
+    assert library is not None
+
+
+def test_a_home_that_cannot_be_written(built_anew, tmp_path):
+    (tmp_path / "home").write_text("a file")
+    (library, found), _ = built_anew()
+    assert library is not None
+    assert found.startswith("compiled for this process alone")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library"])
+def test_a_damaged_library_is_compiled_again(built_anew, tmp_path, content):
+    kept = tmp_path / "home" / "cache" / "kernels" / f"triples-{build._key([shutil.which('cc')])}.so"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(content)
+    (library, found), times = built_anew()
+    assert (library is not None, found, times) == (True, str(kept), 1)
+    assert kept.stat().st_size > 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has other threads elsewhere")
+def test_kernels_run_on_the_threads_of_torch():
+    assert kernels()._team
