@@ -19,13 +19,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ckd_fed.backbones.block_margins import BlockMargins, block_margins
 from ckd_fed.backbones.gather import Gather
 from ckd_fed.data.interactions import Interactions
 
@@ -314,20 +315,20 @@ class Backbone(nn.Module, ABC):
         """A step's output from a pass over its views; the triples index its tables."""
         gather = Gather(asked.ranking, asked.distillation)
         output = StepOutput({}, {}, {})
-        of_users: dict[int, Tensor] = {}  # what is gathered from each table; views may share one
-        of_items: dict[int, tuple[Tensor, Tensor | None]] = {}
+        found: dict[tuple[int, int], BlockMargins] = {}  # views may share their tables
         for view, (users, items) in done.tables.items():
-            if id(users) not in of_users:
-                of_users[id(users)] = gather.of_users(users)
-            if id(items) not in of_items:
-                of_items[id(items)] = gather.of_items(items)
-            rows = gather.rows(of_users[id(users)], *of_items[id(items)])
+            key = id(users), id(items)
+            if key not in found:
+                found[key] = block_margins(users, items, gather.users, gather.items)
+            margins = found[key]
             if view in asked.ranking_views:
-                output.ranking[view] = rows.ranking_margin()
+                output.ranking[view] = margins.ranking
             if view in asked.distillation_views:
-                output.distillation[view] = rows.distillation_margin()
+                assert margins.distillation is not None
+                output.distillation[view] = margins.distillation
             if view == self.joint:
-                output.loss_terms = self.losses(RankingBatch(asked.ranking, output.ranking[view], rows[:3], done.parts))
+                rows = partial(gather.ranking_rows, users, items, gather.items)
+                output.loss_terms = self.losses(RankingBatch(asked.ranking, margins.ranking, rows, done.parts, margins.squares))
         return output
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import BlockMargins, Gather, block_margins
+from ckd_fed.backbones.block_margins import BlockMargins, block_margins, summed
+from ckd_fed.backbones.gather import Gather
 
 
 class BlockBackbone(Backbone):
@@ -40,18 +41,19 @@ class BlockBackbone(Backbone):
         for block in (block for blocks in views.values() for block in blocks):
             if id(block) not in done:
                 done[id(block)] = block_margins(block.users, block.items, gather.users, gather.items)
-        ranked = {key: one.ranking for key, one in done.items()}
-        distilled = {key: one.distillation for key, one in done.items() if one.distillation is not None}
+        numbers = {key: number for number, key in enumerate(done)}
         joint = views[self.joint]
 
-        def of_view(view: View, margins: Mapping[int, Tensor]) -> Tensor:
-            return torch.stack([margins[id(block)] for block in views[view]]).sum(0)
+        def of_views(asked_for: Sequence[View], margins: Sequence[Tensor]) -> dict[View, Tensor]:
+            blocks = [[numbers[id(block)] for block in views[view]] for view in asked_for]
+            return dict(zip(asked_for, summed(margins, blocks), strict=True))
 
         def joint_rows() -> list[Tensor]:
-            rows = (gather.rows(gather.of_users(block.users), *gather.of_items(block.items))[:3] for block in joint)
+            rows = [gather.ranking_rows(block.users, block.items, gather.items) for block in joint]
             return [torch.cat(part, dim=1) for part in zip(*rows, strict=True)]
 
-        margins = {view: of_view(view, ranked) for view in asked.ranking_views}
+        margins = of_views(asked.ranking_views, [one.ranking for one in done.values()])
         squares = torch.stack([done[id(block)].squares for block in joint]).sum()
         batch = RankingBatch(asked.ranking, margins[self.joint], joint_rows, squares=squares)
-        return StepOutput(self.losses(batch), margins, {view: of_view(view, distilled) for view in asked.distillation_views})
+        distilled = [one.distillation for one in done.values() if one.distillation is not None]
+        return StepOutput(self.losses(batch), margins, of_views(asked.distillation_views, distilled))

@@ -7,9 +7,9 @@ a parameter that is much larger than what is read of it is sparse: the rows that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckd_fed.backbones.base import Triples
 
 Pairs = tuple[Tensor, Tensor]
+T = TypeVar("T")
 SPARSE_FROM = 1 << 21  # numbers of a table: 8 MB in float32
 SPARSE_ROWS = 24  # a row that is read for so many in the table
 
@@ -66,7 +67,7 @@ class Index:
     def __init__(self, rows: Tensor, pairs: Pairs | None = None) -> None:
         self.rows = rows
         self.pairs = pairs
-        self._gradients: dict[_Kind, _Gradient] = {}
+        self._found: dict[Hashable, Any] = {}
 
     @classmethod
     def of_parts(cls, parts: Sequence[Tensor]) -> Index:
@@ -79,11 +80,6 @@ class Index:
         assert self.pairs is not None
         return torch.stack(self.pairs, dim=1).view(-1)
 
-    @cached_property
-    def all_apart(self) -> Tensor:
-        """As :attr:`apart`, after the same of the first half of the rows and the second, ``(n + 2 k,)``."""
-        return torch.cat([torch.stack(self.rows.chunk(2), dim=1).view(-1), self.apart])
-
     @property
     def parts(self) -> list[Tensor]:
         """Rows, and first and second rows of the differences where there are any."""
@@ -93,19 +89,24 @@ class Index:
         """How many rows of a table are read."""
         return sum(map(len, self.parts))
 
-    def kind(self, table: Tensor) -> _Kind:
+    def kind(self, table: Tensor) -> Kind:
         """Of a table's gradient."""
         sparse = table.is_leaf and table.numel() >= SPARSE_FROM and len(table) >= SPARSE_ROWS * len(self)
-        return _Kind(len(table), table.dtype, sparse)
+        return Kind(len(table), table.dtype, sparse)
 
-    def gradient(self, kind: _Kind) -> _Gradient:
-        """How a table's gradient follows from that of what is read; found once for all tables of a kind. On the CPU."""
-        if kind not in self._gradients:
-            self._gradients[kind] = _Gradient(self, kind)
-        return self._gradients[kind]
+    def once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What is found of the index once, for all tables that it is read of."""
+        if key not in self._found:
+            self._found[key] = find()
+        found: T = self._found[key]
+        return found
+
+    def gradient(self, kind: Kind) -> _Gradient:
+        """How a table's gradient follows from that of what is read. On the CPU."""
+        return self.once(kind, lambda: _Gradient(self, kind))
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """Of a gradient: rows of its table, its type, and whether it is sparse."""
 
     n: int
@@ -121,24 +122,16 @@ class _Gradient:
         kind: of gradient.
     """
 
-    def __init__(self, index: Index, kind: _Kind) -> None:
+    def __init__(self, index: Index, kind: Kind) -> None:
         self._n = kind.n
         self._bags = Inverted(torch.cat(index.parts), None if kind.sparse else kind.n)
         self._at, self._signs = self._bags.places, None
         if index.pairs:
             self._at, self._signs = (of[self._bags.places] for of in _read_at(len(index.rows), len(index.pairs[0]), kind.dtype))
 
-    def __call__(self, of_read: Tensor, factors: Tensor | None = None) -> Tensor:
-        """The table's gradient.
-
-        Args:
-            of_read: gradient of the rows, then of the differences, that were read, ``(n + k, d)``.
-            factors: by which its rows are multiplied first, ``(n + k,)``.
-        """
-        weights = self._signs
-        if factors is not None:
-            weights = factors[self._at] if weights is None else factors[self._at].mul_(weights)
-        sums = self._bags.sums(of_read, self._at, weights)
+    def __call__(self, of_read: Tensor) -> Tensor:
+        """The table's gradient from that of the rows, then of the differences, that were read, ``(n + k, d)``."""
+        sums = self._bags.sums(of_read, self._at, self._signs)
         if self._bags.rows is None:
             return sums
         shape = (self._n, *sums.shape[1:])
@@ -182,6 +175,16 @@ class Gather:
         """Rows of the ranking batch, ``(2B, d)``, and differences of the distillation batch, ``(K, d)``."""
         return gather_rows(table, self.items)
 
+    def ranking_rows(self, users: Tensor, items: Tensor, of_items: Index) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the ranking batch's users, first and second items, ``(B, d)`` each.
+
+        Args:
+            users, items: tables.
+            of_items: where the items are in theirs.
+        """
+        first, second = gather_rows(items, Index(of_items.rows))[0].split(self._sizes[0])
+        return gather_rows(users, Index(self.users.rows[: self._sizes[0]]))[0], first, second
+
     def own_items(self, *, distinct: bool) -> tuple[Tensor, Index]:
         """Which items a table of both batches' items alone has in its rows, and where it is read; found once a step.
 
@@ -211,43 +214,6 @@ def gather_rows(table: Tensor, index: Index) -> tuple[Tensor, Tensor | None]:
         return rows, difference
     rows = F.embedding(index.rows, table)
     return rows, None if index.pairs is None else F.embedding(index.pairs[0], table) - F.embedding(index.pairs[1], table)
-
-
-class BlockMargins(NamedTuple):
-    """What one block of the embeddings adds to a step.
-
-    Attributes:
-        ranking: to the margins of the ranking batch, ``(B,)``.
-        distillation: to those of the distillation batch, ``(K,)``; None without one.
-        squares: sum of the squares of the ranking batch's rows, user, first and second item; scalar.
-    """
-
-    ranking: Tensor
-    distillation: Tensor | None
-    squares: Tensor
-
-
-def block_margins(users: Tensor, items: Tensor, of_users: Index, of_items: Index) -> BlockMargins:
-    """Margins of one block from its tables.
-
-    On a CPU one operation with its own backward, which makes a step of VBPR on TikTok a twelfth faster than margins of gathered rows do (one and two
-    threads): no rows are split or joined on the way back, and squares cost one pass each way.
-
-    Args:
-        users: ``(n_users, d)``.
-        items: ``(n_items, d)``, or rows of some items.
-        of_users, of_items: where both batches' are in them, as :class:`Gather` has them.
-    """
-    return BlockMargins(*(_BlockMargins.apply if users.device.type == "cpu" else composed_margins)(users, items, of_users, of_items))
-
-
-def composed_margins(users: Tensor, items: Tensor, of_users: Index, of_items: Index) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What :func:`block_margins` gives, of torch's own operations: for other devices."""
-    by_user, (ranked, difference) = F.embedding(of_users.rows, users), gather_rows(items, of_items)
-    b = len(ranked) // 2
-    ranking = (by_user[:b] * (ranked[:b] - ranked[b:])).sum(-1)
-    squares = by_user[:b].square().sum() + ranked.square().sum()
-    return ranking, None if difference is None else (by_user[b:] * difference).sum(-1), squares
 
 
 def differences(table: Tensor, apart: Tensor) -> Tensor:
@@ -284,59 +250,6 @@ class _Gather(torch.autograd.Function):
         if index.pairs is not None:
             of_read.append(like.new_zeros((len(index.pairs[0]), like.shape[1])) if difference is None else difference)
         return index.gradient(ctx.kind)(torch.cat(of_read) if len(of_read) > 1 else of_read[0]), None
-
-
-class _BlockMargins(torch.autograd.Function):
-    """With u_n, i_n, j_n the rows of a batch: r_n = u_n . (i_n - j_n) of both batches, and the sum of squares of the ranking batch's.
-
-    Gradients of the distillation batch are a factor times a row that is there, g_n (i_n - j_n) and +-g_n u_n, and are summed without being laid out;
-    those of the ranking batch, with its squares', are laid out before them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, users: Tensor, items: Tensor, of_users: Index, of_items: Index) -> tuple[Tensor, Tensor | None, Tensor]:
-        ctx.set_materialize_grads(False)
-        b = len(of_items.rows) // 2
-        mine, ranked = F.embedding(of_users.rows[:b], users), F.embedding(of_items.rows, items)
-        first, second = ranked.split(b)
-        apart = first - second
-        ctx.save_for_backward(mine, ranked, apart)
-        ctx.indices, ctx.kinds = (of_users, of_items), (of_users.kind(users), of_items.kind(items))
-        ranking, squares = (mine * apart).sum(-1), _squares(mine) + _squares(ranked)
-        if of_items.pairs is None:
-            return ranking, None, squares
-        # In front of each there is room for the ranking batch's gradients.
-        ctx.apart = differences(items, of_items.all_apart)
-        ctx.theirs = users.new_empty((len(of_users.rows) + b, users.shape[1]))
-        theirs = torch.index_select(users, 0, of_users.rows[b:], out=ctx.theirs[2 * b :])
-        return ranking, (theirs * ctx.apart[b:]).sum(-1), squares
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, ranking: Tensor | None, distillation: Tensor | None, squares: Tensor | None) -> tuple[Tensor | None, ...]:
-        (of_users, of_items), (users, items) = ctx.indices, ctx.kinds
-        mine, ranked, apart = ctx.saved_tensors
-        b, factors = len(mine), None
-        to_users, to_items = (torch.empty_like(mine), torch.empty_like(ranked)) if of_items.pairs is None else (ctx.apart, ctx.theirs)
-        twice = mine.new_zeros(()) if squares is None else 2 * squares
-        torch.mul(mine, twice, out=to_users[:b])
-        torch.mul(ranked, twice, out=to_items[: 2 * b])
-        if ranking is not None:
-            signal = ranking.unsqueeze(1)
-            to_users[:b].addcmul_(apart, signal)
-            to_items[:b].addcmul_(mine, signal)
-            to_items[b : 2 * b].addcmul_(mine, signal, value=-1)
-        if of_items.pairs is not None:
-            signal = mine.new_zeros(len(to_users) - b) if distillation is None else distillation
-            factors = torch.cat([mine.new_ones(2 * b), signal])
-        of_both = of_items.gradient(items)(to_items, factors)
-        return of_users.gradient(users)(to_users, None if factors is None else factors[b:]), of_both, None, None
-
-
-def _squares(rows: Tensor) -> Tensor:
-    """Sum of the squares of contiguous rows, without laying squares out."""
-    numbers = rows.view(-1)
-    return numbers.dot(numbers)
 
 
 def margin(users: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
-from ckd_fed.backbones.gather import Gather, Index, block_margins, gather_rows
+from ckd_fed.backbones.block_margins import block_margins, summed
+from ckd_fed.backbones.gather import Gather, Index
 from ckd_fed.backbones.projection import pays, project, project_rows
 from ckd_fed.data.interactions import Interactions
 
@@ -110,24 +111,21 @@ class VBPR(Backbone):
         gather = Gather(asked.ranking, asked.distillation)
         blocks: dict[str | None, tuple[Tensor, Tensor, Index]] = {None: (self.user_embedding, self.item_embedding, gather.items)}
         blocks.update({m: (self.preference[m], *self._projected(m, gather)) for m in self.modalities})
-        done = {block: block_margins(users, items, gather.users, at) for block, (users, items, at) in blocks.items()}
+        done = [block_margins(users, items, gather.users, at) for users, items, at in blocks.values()]
 
-        def of_view(view: View, margins: Mapping[str | None, Tensor]) -> Tensor:
-            return sum((margins[m] for m in self.modalities if m in view), margins[None])
+        def of_views(views: Sequence[View], margins: Sequence[Tensor]) -> dict[View, Tensor]:
+            present = [[number for number, block in enumerate(blocks) if block is None or block in view] for view in views]
+            return dict(zip(views, summed(margins, present), strict=True))
 
         def joint_rows() -> list[Tensor]:
-            rows = []
-            for users, items, at in blocks.values():
-                of_items = gather_rows(items, Index(at.rows))[0]
-                rows.append((gather.of_users(users)[: len(asked.ranking)], *of_items.split(len(asked.ranking))))
+            rows = [gather.ranking_rows(*block) for block in blocks.values()]
             return [torch.cat(part, dim=1) for part in zip(*rows, strict=True)]
 
-        ranked = {block: one.ranking for block, one in done.items()}
-        distilled = {block: one.distillation for block, one in done.items() if one.distillation is not None}
-        margins = {view: of_view(view, ranked) for view in asked.ranking_views}
-        squares = torch.stack([one.squares for one in done.values()]).sum()
+        margins = of_views(asked.ranking_views, [one.ranking for one in done])
+        squares = torch.stack([one.squares for one in done]).sum()
         batch = RankingBatch(asked.ranking, margins[self.joint], joint_rows, squares=squares)
-        return StepOutput(self.losses(batch), margins, {view: of_view(view, distilled) for view in asked.distillation_views})
+        distilled = [one.distillation for one in done if one.distillation is not None]
+        return StepOutput(self.losses(batch), margins, of_views(asked.distillation_views, distilled))
 
     def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, Index]:
         """The projected features of all items, or of those that are asked for where that is faster, and where these are among them."""

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ckd_fed.backbones.base import Embeddings
-from ckd_fed.backbones.gather import differences
+from ckd_fed.backbones.block_margins import triple_margins
 from ckd_fed.data.triples import StepTriples
 
 _AT_ONCE = {"cpu": 1, "cuda": 16}  # steps: rows that a CPU's cache holds; for each upload the host waits for a GPU
@@ -47,10 +46,10 @@ def margin_sheet(
     at_once = _AT_ONCE.get(device.type, _AT_ONCE["cuda"])
     for start in range(0, len(steps), at_once):
         rows = sheet[start : start + at_once]
-        triples = np.concatenate([part for step in steps[start : start + at_once] for part in (step.ranking, step.distillation)], axis=1)
-        users, apart = torch.from_numpy(triples[0]).long().to(device), torch.from_numpy(triples[1:].T.reshape(-1)).long().to(device)
-        margin = F.embedding(users, teacher.users).mul_(differences(teacher.items, apart)).sum(-1)
-        rows[:] = margin.clamp(-limit, limit).view(rows.shape).cpu().numpy()
+        parts = [part for step in steps[start : start + at_once] for part in (step.ranking, step.distillation)]
+        triples = np.concatenate(parts, axis=1, dtype=np.int64)
+        margin = triple_margins(teacher.users, teacher.items, *torch.from_numpy(triples).to(device))
+        rows[:] = margin.clamp_(-limit, limit).view(rows.shape).cpu().numpy()
         if mask is not None:
             rows[~asked_about(mask, triples).reshape(rows.shape)] = 0
     return sheet

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from ckd_fed.backbones import gather as gather_module
 from ckd_fed.backbones.base import Triples
-from ckd_fed.backbones.gather import Gather, Index, block_margins, composed_margins, differences, gather_rows, margin
+from ckd_fed.backbones.block_margins import block_margins, composed_margins
+from ckd_fed.backbones.gather import Gather, Index, differences, gather_rows, margin
 
 
 @pytest.fixture
