@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from ckd_fed.training.drift import BETAS, EPS, FROM_STEP, Drift
 
@@ -105,14 +104,15 @@ class Adam:
             self._update(updates, rate)
 
     def _update(self, given: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]], rate: float) -> None:
-        adam(
+        steps = [state["step"] for _, _, state in given]
+        torch._foreach_add_(steps, 1) if len(steps) > 1 else steps[0].add_(1)
+        torch._fused_adam_(
             [parameter for parameter, _, _ in given],
             [gradient for _, gradient, _ in given],
             [state["exp_avg"] for _, _, state in given],
             [state["exp_avg_sq"] for _, _, state in given],
             [],
-            [state["step"] for _, _, state in given],
-            fused=True,
+            steps,
             amsgrad=False,
             beta1=BETAS[0],
             beta2=BETAS[1],
