@@ -7,22 +7,60 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias)); /* 16 numbers; the compiler splits it where registers are narrower */
+typedef float vec __attribute__((vector_size(32), aligned(4), may_alias)); /* 8 numbers; the compiler splits it where registers are narrower */
 
-enum { LANES = 16, TILE = 4, AHEAD = 8, TRIPLES = 128, ROWS = 64 };
+/* TILE * LANES columns of a row's gradient are summed at once, AHEAD triples' rows are fetched before they are read, and threads take TRIPLES triples
+ * or ROWS rows at a time. */
+enum { LANES = 8, LINE = 16, TILE = 8, AHEAD = 8, TRIPLES = 128, ROWS = 64 };
 
-/* OpenMP's GOMP_parallel: calls work(data) on each of n threads. Absent, or with n = 1, the caller does all. */
+/* OpenMP's GOMP_parallel, which calls work(data) on each of n threads, and omp_get_thread_num. Without them, or with n = 1, the caller does all. */
 typedef void (*team)(void (*work)(void *), void *data, unsigned n, unsigned flags);
+typedef int (*member)(void);
 
-static void run(void (*work)(void *), void *data, team parallel, unsigned n) {
-    if (parallel && n > 1)
-        parallel(work, data, n, 0);
+/* Work in pieces. Each thread has a range of them and then helps with the others': a table's rows are passed over by the same core in one operation
+ * after the other, torch's own among them, since rows that another core has written last are far away. */
+enum { THREADS = 64 };
+struct pieces {
+    int64_t n;
+    unsigned threads;
+    member number;
+    struct {
+        _Alignas(64) atomic_long next;
+    } taken[THREADS];
+};
+
+static inline int64_t first_of(const struct pieces *p, unsigned thread) { return p->n * thread / p->threads; }
+
+static void divide(struct pieces *p, int64_t n, unsigned threads, member number) {
+    p->n = n;
+    p->threads = threads;
+    p->number = number;
+    for (unsigned k = 0; k < threads; k++) p->taken[k].next = first_of(p, k);
+}
+
+/* The next piece for a thread that is at the range of `*at`, which starts as its own; -1 where all are taken. */
+static inline int64_t take(struct pieces *p, unsigned own, unsigned *helped) {
+    for (; *helped < p->threads; ++*helped) {
+        unsigned at = (own + *helped) % p->threads;
+        int64_t piece = atomic_fetch_add_explicit(&p->taken[at].next, 1, memory_order_relaxed);
+        if (piece < first_of(p, at + 1)) return piece;
+    }
+    return -1;
+}
+
+static void run(void (*work)(void *), void *data, struct pieces *p, int64_t n, team parallel, member number, unsigned threads) {
+    if (threads > THREADS) threads = THREADS;
+    if ((int64_t)threads > n) threads = n > 0 ? n : 1;
+    if (!parallel || !number) threads = 1;
+    divide(p, n, threads, number);
+    if (threads > 1)
+        parallel(work, data, threads, 0);
     else
         work(data);
 }
 
 static inline void fetch(const float *row, int64_t d) {
-    for (int64_t c = 0; c < d; c += LANES) __builtin_prefetch(row + c, 0, 2);
+    for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(row + c, 0, 2);
 }
 
 static inline float total(vec v) {
@@ -39,7 +77,7 @@ struct margins {
     int64_t d, n, ranked;
     float *margin;
     double *squares;
-    atomic_long next;
+    struct pieces pieces;
 };
 
 static inline float margin_of(const float *u, const float *i, const float *j, int64_t d) {
@@ -66,10 +104,9 @@ static inline float squares_of(const float *u, const float *i, const float *j, i
 static void margins_work(void *data) {
     struct margins *m = data;
     const int64_t d = m->d;
-    for (;;) {
-        int64_t chunk = atomic_fetch_add_explicit(&m->next, 1, memory_order_relaxed), start = chunk * TRIPLES;
-        if (start >= m->n) return;
-        int64_t end = start + TRIPLES < m->n ? start + TRIPLES : m->n;
+    unsigned own = m->pieces.threads > 1 ? (unsigned)m->pieces.number() : 0, helped = 0;
+    for (int64_t chunk; (chunk = take(&m->pieces, own, &helped)) >= 0;) {
+        int64_t start = chunk * TRIPLES, end = start + TRIPLES < m->n ? start + TRIPLES : m->n;
         double squares = 0;
         for (int64_t t = start; t < end; t++) {
             if (t + AHEAD < end) {
@@ -85,11 +122,12 @@ static void margins_work(void *data) {
     }
 }
 
-/* margin[t] = users[user[t]] . (items[first[t]] - items[second[t]]); squares[k]: of all rows of the first `ranked` triples, in the k-th 128. */
+/* margin[t] = users[user[t]] . (items[first[t]] - items[second[t]]); squares[k]: of all rows that
+ * those of the first `ranked` triples read which are among the k-th TRIPLES. */
 void ckd_margins(const float *users, const float *items, int64_t d, const int64_t *user, const int64_t *first, const int64_t *second, int64_t n,
-                 int64_t ranked, float *margin, double *squares, team parallel, unsigned threads) {
-    struct margins m = {users, items, user, first, second, d, n, ranked, margin, squares, 0};
-    run(margins_work, &m, parallel, threads);
+                 int64_t ranked, float *margin, double *squares, team parallel, member number, unsigned threads) {
+    struct margins m = {users, items, user, first, second, d, n, ranked, margin, squares, {0}};
+    run(margins_work, &m, &m.pieces, (n + TRIPLES - 1) / TRIPLES, parallel, number, threads);
 }
 
 struct gradient {
@@ -99,7 +137,7 @@ struct gradient {
     float twice;
     int64_t d, n, triples, ranked;
     float *out;
-    atomic_long next;
+    struct pieces pieces;
 };
 
 /* The end of a tile: most rows are in no ranked triple, and are then not read at all. */
@@ -141,10 +179,9 @@ static inline void items_tile(const struct gradient *g, int64_t bag, const float
 static void gradient_work(void *data) {
     struct gradient *g = data;
     const int64_t d = g->d;
-    for (;;) {
-        int64_t start = atomic_fetch_add_explicit(&g->next, 1, memory_order_relaxed) * ROWS;
-        if (start >= g->n) return;
-        int64_t end = start + ROWS < g->n ? start + ROWS : g->n, last = g->starts[end];
+    unsigned own_range = g->pieces.threads > 1 ? (unsigned)g->pieces.number() : 0, helped = 0;
+    for (int64_t piece; (piece = take(&g->pieces, own_range, &helped)) >= 0;) {
+        int64_t start = piece * ROWS, end = start + ROWS < g->n ? start + ROWS : g->n, last = g->starts[end];
         for (int64_t bag = start; bag < end; bag++) {
             const float *own = g->table + (g->rows ? g->rows[bag] : bag) * d;
             float *out = g->out + bag * d;
@@ -166,7 +203,7 @@ static void gradient_work(void *data) {
                     seen += t < g->ranked;
                     sum += by * (g->minus ? of - g->other[g->minus[t] * d + c] : of);
                 }
-                out[c] = sum + g->twice * seen * own[c];
+                out[c] = seen ? sum + g->twice * seen * own[c] : sum;
             }
         }
     }
@@ -177,9 +214,9 @@ static void gradient_work(void *data) {
  * NULL for all. */
 void ckd_gradient(const float *table, const float *other, int64_t d, const int64_t *rows, const int64_t *starts, const int64_t *places, int64_t n,
                   const int64_t *plus, const int64_t *minus, int64_t triples, int64_t ranked, const float *margin, float twice, float *out,
-                  team parallel, unsigned threads) {
-    struct gradient g = {table, other, rows, starts, places, plus, minus, margin, twice, d, n, triples, ranked, out, 0};
-    run(gradient_work, &g, parallel, threads);
+                  team parallel, member number, unsigned threads) {
+    struct gradient g = {table, other, rows, starts, places, plus, minus, margin, twice, d, n, triples, ranked, out, {0}};
+    run(gradient_work, &g, &g.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
 }
 
 /* Places of an index in ascending order of what they name; starts: n + 1, where each of n rows' begin. */

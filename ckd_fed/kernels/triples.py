@@ -17,8 +17,24 @@ if TYPE_CHECKING:
 
 _POINTER, _INT, _FLOAT, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint
 _SIGNATURES: dict[str, list[type]] = {
-    "ckd_margins": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _COUNT],
-    "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER, _COUNT],
+    "ckd_margins": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT],
+    "ckd_gradient": [
+        _POINTER,
+        _POINTER,
+        _INT,
+        *[_POINTER] * 3,
+        _INT,
+        _POINTER,
+        _POINTER,
+        _INT,
+        _INT,
+        _POINTER,
+        _FLOAT,
+        _POINTER,
+        _POINTER,
+        _POINTER,
+        _COUNT,
+    ],
     "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
 }
 _TRIPLES = 128  # whose squares are one number
@@ -52,7 +68,7 @@ class Kernels:
         n = len(user)
         margin, squares = users.new_empty(n), torch.zeros(-(-ranked // _TRIPLES), dtype=torch.double)
         pointers = [tensor.data_ptr() for tensor in (users, items, user, first, second, margin, squares)]
-        self._library.ckd_margins(*pointers[:2], users.shape[1], *pointers[2:5], n, ranked, *pointers[5:], self._team, torch.get_num_threads())
+        self._library.ckd_margins(*pointers[:2], users.shape[1], *pointers[2:5], n, ranked, *pointers[5:], *self._team, torch.get_num_threads())
         return margin, squares.sum().to(users.dtype)
 
     def users_gradient(
@@ -78,7 +94,7 @@ class Kernels:
         found = table.new_empty((len(bags.starts) - 1, table.shape[1]))
         rows, starts, places = (None if of is None else of.data_ptr() for of in (bags.rows, bags.starts, bags.places))
         of_triples = plus.data_ptr(), None if minus is None else minus.data_ptr(), n, ranked, margin.data_ptr(), 2 * squares
-        to = found.data_ptr(), self._team, torch.get_num_threads()
+        to = found.data_ptr(), *self._team, torch.get_num_threads()
         self._library.ckd_gradient(table.data_ptr(), other.data_ptr(), table.shape[1], rows, starts, places, len(found), *of_triples, *to)
         return found
 
@@ -96,13 +112,14 @@ def kernels() -> Kernels | None:
     return None if library is None else Kernels(library)
 
 
-def _team() -> int | None:
-    """The function by which torch's own OpenMP starts threads: those of a second OpenMP would fight with torch's for the cores.
+def _team() -> tuple[int | None, int | None]:
+    """The functions by which torch's own OpenMP starts and tells threads: those of a second OpenMP would fight with torch's for the cores.
 
     None where torch has another kind of threads; kernels then run on one.
     """
     try:
-        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        start, number = library.GOMP_parallel, library.omp_get_thread_num
     except (OSError, AttributeError):
-        return None
-    return ctypes.cast(function, ctypes.c_void_p).value
+        return None, None
+    return ctypes.cast(start, ctypes.c_void_p).value, ctypes.cast(number, ctypes.c_void_p).value
