@@ -108,10 +108,14 @@ class _Triples:
         parts = of_items.rows.split(self.ranked) if self.ranked else (of_items.rows, of_items.rows)
         both = of_items.rows if of_items.pairs is None else torch.cat([part for pair in zip(parts, of_items.pairs, strict=True) for part in pair])
         self._user, self._first, self._second = of_users.rows.contiguous(), both[: self.size], both[self.size :]
-        for rows, kind in ((self._user, users), (both, items)):
-            check_rows(rows, kind.n)
-        self._by_user = Inverted(self._user, None if users.sparse else users.n)
-        self._by_item = Inverted(both, None if items.sparse else items.n)
+        self._by_user, self._by_item = self._inverted(self._user, users), self._inverted(both, items)
+
+    @staticmethod
+    def _inverted(rows: Tensor, kind: Kind) -> Inverted:
+        if not kind.sparse:
+            return Inverted(rows, kind.n)
+        check_rows(rows, kind.n)
+        return Inverted(rows)
 
     def margins(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """s(u, first) - s(u, second) of all triples, ``(B + K,)``, and the squares' sum."""
@@ -121,13 +125,7 @@ class _Triples:
         """Gradients of the two tables from those of all margins, ``(B + K,)``, and of the squares' sum."""
         of_users = self._kernels.users_gradient(users, items, self._by_user, self._first, self._second, margins, self.ranked, squares)
         of_items = self._kernels.items_gradient(users, items, self._by_item, self._user, margins, self.ranked, squares)
-        return _table(self._by_user, of_users, len(users)), _table(self._by_item, of_items, len(items))
-
-
-def _table(bags: Inverted, rows: Tensor, n: int) -> Tensor:
-    if bags.rows is None:
-        return rows
-    return torch.sparse_coo_tensor(bags.rows[None], rows, (n, rows.shape[1]), is_coalesced=True, check_invariants=False)
+        return self._by_user.table(of_users, len(users)), self._by_item.table(of_items, len(items))
 
 
 class _BlockMargins(torch.autograd.Function):

@@ -131,11 +131,7 @@ class _Gradient:
 
     def __call__(self, of_read: Tensor) -> Tensor:
         """The table's gradient from that of the rows, then of the differences, that were read, ``(n + k, d)``."""
-        sums = self._bags.sums(of_read, self._at, self._signs)
-        if self._bags.rows is None:
-            return sums
-        shape = (self._n, *sums.shape[1:])
-        return torch.sparse_coo_tensor(self._bags.rows[None], sums, shape, is_coalesced=True, check_invariants=False)
+        return self._bags.table(self._bags.sums(of_read, self._at, self._signs), self._n)
 
 
 @lru_cache(maxsize=16)

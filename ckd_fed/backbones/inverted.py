@@ -74,6 +74,12 @@ class Inverted:
             np.cumsum(np.bincount(numbers, minlength=n), out=starts[1:])
         self.places, self.starts = torch.from_numpy(places), torch.from_numpy(starts)
 
+    def table(self, sums: Tensor, n: int) -> Tensor:
+        """A table of n rows, ``(n, d)``, from a row for each bag; sparse where bags are of some rows alone."""
+        if self.rows is None:
+            return sums
+        return torch.sparse_coo_tensor(self.rows[None], sums, (n, *sums.shape[1:]), is_coalesced=True, check_invariants=False)
+
     def sums(self, source: Tensor, at: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
         """Of each bag, the sum over its places of a row of the source, times a factor, in the order of the index.
 
