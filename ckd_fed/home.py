@@ -35,6 +35,6 @@ def code_version() -> str:
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for package in (root, root.parent / "server", root.parent / "clients"):
-        for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c")):
+        for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c", ".h")):
             digest.update(str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:8]}"

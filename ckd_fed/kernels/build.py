@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SWITCH = "CKD_FED_KERNELS"
-_SOURCE = Path(__file__).with_name("triples.c")
-_FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared")
+_FOLDER = Path(__file__).parent
+_FLAGS = ("-O3", "-std=c11", "-fno-math-errno", "-fPIC", "-shared")
 _NATIVE = "-march=native"  # which not every compiler knows for every processor
 _TIMEOUT = 120  # seconds
 
@@ -51,7 +51,7 @@ def built() -> Built:
     if program is None:
         return Built(None, f"there is no C compiler {compiler[0]!r}")
     command = [program, *compiler[1:]]
-    name = f"triples-{_key(command)}.so"
+    name = f"kernels-{_key(command)}.so"
     folder = _kept_in[0] if _kept_in else Path(os.environ.get("CKD_FED_HOME") or "~/.ckd_fed").expanduser() / "cache" / "kernels"
     with suppress(OSError):  # not there yet, or of a file system from which nothing is loaded
         return Built(ctypes.CDLL(str(folder / name)), str(folder / name))
@@ -73,11 +73,16 @@ def built() -> Built:
         return Built(None, _reason(error))
 
 
+def _sources(pattern: str) -> list[Path]:
+    return sorted(_FOLDER.glob(pattern))
+
+
 def _compile(command: list[str], to: Path) -> None:
     """Compile for this very processor, or for any of its kind where the compiler cannot."""
 
     def attempt(*flags: str) -> None:
-        subprocess.run([*command, *_FLAGS, *flags, "-o", str(to), str(_SOURCE)], check=True, capture_output=True, text=True, timeout=_TIMEOUT)
+        whole = [*command, *_FLAGS, *flags, "-o", str(to), *map(str, _sources("*.c")), "-lm"]
+        subprocess.run(whole, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
 
     try:
         attempt(_NATIVE)
@@ -92,7 +97,7 @@ def _key(command: list[str]) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += "".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags", "Features"))
     changed = Path(command[0]).stat().st_mtime_ns
-    parts = [_SOURCE.read_text(), *command, str(changed), *_FLAGS, _NATIVE, processor]
+    parts = [*(source.read_text() for source in _sources("*.[ch]")), *command, str(changed), *_FLAGS, _NATIVE, processor]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -3,73 +3,15 @@
  * Torch's operations lay out what they gather; at a step's sizes that is more traffic than the tables themselves. Numbers are summed in an
  * order that does not depend on the number of threads.
  */
-#include <stdatomic.h>
-#include <stddef.h>
-#include <stdint.h>
-
-typedef float vec __attribute__((vector_size(32), aligned(4), may_alias)); /* 8 numbers; the compiler splits it where registers are narrower */
+#include "pieces.h"
 
 /* TILE * LANES columns of a row's gradient are summed at once, AHEAD triples' rows are fetched before they are read, and threads take TRIPLES triples
  * or ROWS rows at a time. */
-enum { LANES = 8, LINE = 16, TILE = 8, AHEAD = 8, TRIPLES = 128, ROWS = 64 };
-
-/* OpenMP's GOMP_parallel, which calls work(data) on each of n threads, and omp_get_thread_num. Without them, or with n = 1, the caller does all. */
-typedef void (*team)(void (*work)(void *), void *data, unsigned n, unsigned flags);
-typedef int (*member)(void);
-
-/* Work in pieces. Each thread has a range of them and then helps with the others': a table's rows are passed over by the same core in one operation
- * after the other, torch's own among them, since rows that another core has written last are far away. */
-enum { THREADS = 64 };
-struct pieces {
-    int64_t n;
-    unsigned threads;
-    member number;
-    struct {
-        _Alignas(64) atomic_long next;
-    } taken[THREADS];
-};
-
-static inline int64_t first_of(const struct pieces *p, unsigned thread) { return p->n * thread / p->threads; }
-
-static void divide(struct pieces *p, int64_t n, unsigned threads, member number) {
-    p->n = n;
-    p->threads = threads;
-    p->number = number;
-    for (unsigned k = 0; k < threads; k++) p->taken[k].next = first_of(p, k);
-}
-
-/* The next piece for a thread that is at the range of `*at`, which starts as its own; -1 where all are taken. */
-static inline int64_t take(struct pieces *p, unsigned own, unsigned *helped) {
-    for (; *helped < p->threads; ++*helped) {
-        unsigned at = (own + *helped) % p->threads;
-        int64_t piece = atomic_fetch_add_explicit(&p->taken[at].next, 1, memory_order_relaxed);
-        if (piece < first_of(p, at + 1)) return piece;
-    }
-    return -1;
-}
-
-static void run(void (*work)(void *), void *data, struct pieces *p, int64_t n, team parallel, member number, unsigned threads) {
-    if (threads > THREADS) threads = THREADS;
-    if ((int64_t)threads > n) threads = n > 0 ? n : 1;
-    if (!parallel || !number) threads = 1;
-    divide(p, n, threads, number);
-    if (threads > 1)
-        parallel(work, data, threads, 0);
-    else
-        work(data);
-}
+enum { TILE = 8, AHEAD = 8, TRIPLES = 128 };
 
 static inline void fetch(const float *row, int64_t d) {
     for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(row + c, 0, 2);
 }
-
-static inline float total(vec v) {
-    float sum = 0;
-    for (int k = 0; k < LANES; k++) sum += v[k];
-    return sum;
-}
-
-static inline vec load(const float *at) { return *(const vec *)at; }
 
 struct margins {
     const float *users, *items;
@@ -104,7 +46,7 @@ static inline float squares_of(const float *u, const float *i, const float *j, i
 static void margins_work(void *data) {
     struct margins *m = data;
     const int64_t d = m->d;
-    unsigned own = m->pieces.threads > 1 ? (unsigned)m->pieces.number() : 0, helped = 0;
+    unsigned own = number_of(&m->pieces), helped = 0;
     for (int64_t chunk; (chunk = take(&m->pieces, own, &helped)) >= 0;) {
         int64_t start = chunk * TRIPLES, end = start + TRIPLES < m->n ? start + TRIPLES : m->n;
         double squares = 0;
@@ -179,7 +121,7 @@ static inline void items_tile(const struct gradient *g, int64_t bag, const float
 static void gradient_work(void *data) {
     struct gradient *g = data;
     const int64_t d = g->d;
-    unsigned own_range = g->pieces.threads > 1 ? (unsigned)g->pieces.number() : 0, helped = 0;
+    unsigned own_range = number_of(&g->pieces), helped = 0;
     for (int64_t piece; (piece = take(&g->pieces, own_range, &helped)) >= 0;) {
         int64_t start = piece * ROWS, end = start + ROWS < g->n ? start + ROWS : g->n, last = g->starts[end];
         for (int64_t bag = start; bag < end; bag++) {

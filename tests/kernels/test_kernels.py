@@ -213,7 +213,7 @@ def test_a_home_that_cannot_be_written(built_anew, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not a library"])
 def test_a_damaged_library_is_compiled_again(built_anew, tmp_path, content):
-    kept = tmp_path / "home" / "cache" / "kernels" / f"triples-{build._key([shutil.which('cc')])}.so"
+    kept = tmp_path / "home" / "cache" / "kernels" / f"kernels-{build._key([shutil.which('cc')])}.so"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(content)
     (library, found), times = built_anew()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckd_fed.kernels import Kernels, kernels
 from ckd_fed.training.adam import Adam
 
 
@@ -42,6 +43,63 @@ def test_every_step_is_torchs_own_bit_by_bit(module):
     for (name, _), reference in zip(module.named_parameters(), other.parameters(), strict=True):
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(ours.state()[f"{name}/{key}"], theirs.state[reference][key]), (name, key)
+
+
+@pytest.mark.skipif(kernels() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_large_tables_are_moved_by_our_own_kernel_to_the_same_bits(monkeypatch, threads):
+    """Of vectors alone: the last numbers of a thread's part are rounded otherwise by torch."""
+    calls, compiled, before = [], Kernels.adam, torch.get_num_threads()
+    monkeypatch.setattr(Kernels, "adam", lambda *args: (calls.append(args[1].shape), compiled(*args)))
+    module = nn.ParameterList([torch.randn(2053, 64, generator=torch.Generator().manual_seed(1)) for _ in range(2)])
+    other = copy.deepcopy(module)
+    ours = Adam(module, 3e-2, rates={"1": 1e-3})
+    theirs = [torch.optim.Adam([p], lr=rate, fused=True) for p, rate in zip(other, (3e-2, 1e-3), strict=True)]
+    try:
+        torch.set_num_threads(threads)
+        for number in range(20):
+            generator = torch.Generator().manual_seed(number)
+            for mine, reference in zip(module, other, strict=True):
+                gradient = torch.randn(2053, 64, generator=generator) * 10.0 ** torch.randint(-30, 2, (2053, 1), generator=generator)
+                mine.grad, reference.grad = gradient * (torch.rand(2053, 1, generator=generator) < 0.3), None
+                reference.grad = mine.grad.clone()
+            ours.step()
+            for optimizer in theirs:
+                optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    assert calls == [(2053, 64)] * 40
+    assert all(map(torch.equal, module, other))
+    for name, reference, optimizer in zip(("0", "1"), other, theirs, strict=True):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(ours.state()[f"{name}/{key}"], optimizer.state[reference][key]), (name, key)
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_a_large_table_of_any_length_and_place_is_moved_as_torch_does(start):
+    n = 2**17 + 1003
+    given = torch.randn(n + start, generator=torch.Generator().manual_seed(2))
+    module, other = nn.ParameterList([given.clone()[start:]]), nn.ParameterList([given.clone()[start:]])
+    ours, theirs = Adam(module, 3e-2), torch.optim.Adam(other.parameters(), lr=3e-2, fused=True)
+    for number in range(5):
+        module[0].grad = torch.randn(n, generator=torch.Generator().manual_seed(number))
+        other[0].grad = module[0].grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(module[0], other[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("of", [lambda t: t.double(), lambda t: t.T.contiguous().T], ids=["float64", "not contiguous"])
+def test_large_tables_that_are_not_for_the_kernel(of):
+    module = nn.ParameterList([of(torch.randn(2053, 64, generator=torch.Generator().manual_seed(1)))])
+    other = copy.deepcopy(module)
+    ours, theirs = Adam(module, 3e-2), torch.optim.Adam(other.parameters(), lr=3e-2, fused=True)
+    for mine, reference in zip(module, other, strict=True):
+        mine.grad = reference.grad = torch.randn(2053, 64, generator=torch.Generator().manual_seed(2)).to(mine.dtype)
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(module[0], other[0], rtol=1e-6, atol=1e-7)
+    assert (module[0] != of(torch.randn(2053, 64, generator=torch.Generator().manual_seed(1)))).any()
 
 
 def test_moving_large_parameters_within_backward_comes_to_the_same_bits(module, monkeypatch):

@@ -15,26 +15,12 @@ from ckd_fed.kernels.build import built
 if TYPE_CHECKING:
     from ckd_fed.backbones.inverted import Inverted
 
-_POINTER, _INT, _FLOAT, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint
+_POINTER, _INT, _FLOAT, _DOUBLE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_uint
+_TEAM = (_POINTER, _POINTER, _COUNT)
 _SIGNATURES: dict[str, list[type]] = {
-    "ckd_margins": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT],
-    "ckd_gradient": [
-        _POINTER,
-        _POINTER,
-        _INT,
-        *[_POINTER] * 3,
-        _INT,
-        _POINTER,
-        _POINTER,
-        _INT,
-        _INT,
-        _POINTER,
-        _FLOAT,
-        _POINTER,
-        _POINTER,
-        _POINTER,
-        _COUNT,
-    ],
+    "ckd_adam": [*[_POINTER] * 4, _INT, *[_DOUBLE] * 5, *_TEAM],
+    "ckd_margins": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT, _POINTER, _POINTER, *_TEAM],
+    "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
     "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
 }
 _TRIPLES = 128  # whose squares are one number
@@ -97,6 +83,20 @@ class Kernels:
         to = found.data_ptr(), *self._team, torch.get_num_threads()
         self._library.ckd_gradient(table.data_ptr(), other.data_ptr(), table.shape[1], rows, starts, places, len(found), *of_triples, *to)
         return found
+
+    def adam(
+        self, parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: float, rate: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """Adam's update, in place.
+
+        Args:
+            parameter, gradient: of any shape.
+            moments: exponential averages of the gradient and of its square.
+            step: number of the update, from 1.
+            rate, betas, eps: of Adam.
+        """
+        pointers = [tensor.data_ptr() for tensor in (parameter, gradient, *moments)]
+        self._library.ckd_adam(*pointers, parameter.numel(), rate, *betas, eps, step, *self._team, torch.get_num_threads())
 
     def inverted(self, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """The places of an index ``(k,)`` in ascending order of the rows that they name, and where those of each of n rows start, ``(n + 1,)``."""
