@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckd_fed.backbones.inverted import Inverted, compacted
+from ckd_fed.backbones.inverted import Inverted, check_rows, compacted
+from ckd_fed.kernels import kernels
 
 if TYPE_CHECKING:
     from ckd_fed.backbones.base import Triples
@@ -195,6 +196,23 @@ class Gather:
                 parts = list(torch.arange(len(rows), device=rows.device).split([len(part) for part in self.items.parts]))
             self._own[distinct] = rows, Index.of_parts(parts)
         return self._own[distinct]
+
+    def read_items(self, n: int) -> Tensor | None:
+        """The distinct items of both batches among n, ascending; found once a step. None without compiled kernels.
+
+        Raises:
+            IndexError: an item is not among them.
+        """
+        compiled = kernels()
+        if compiled is None or self.items.rows.device.type != "cpu":
+            return None
+
+        def find() -> Tensor:
+            index = torch.cat(self.items.parts)
+            check_rows(index, n)
+            return compiled.distinct(index, n)
+
+        return self.items.once(("read", n), find)
 
     def rows(self, users: Tensor, items: Tensor, difference: Tensor | None) -> Rows:
         """What :meth:`of_users` and :meth:`of_items` gave, put together."""

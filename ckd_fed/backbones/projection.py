@@ -16,24 +16,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ckd_fed.kernels import kernels
+
 BLOCK = 1 << 22  # bytes of a block of features
+NARROW = 512  # inputs or outputs, at most, of a linear layer for the compiled kernel
 
 
-def project(features: Tensor, linear: nn.Module) -> Tensor:
+def project(features: Tensor, linear: nn.Module, rows: Tensor | None = None) -> Tensor:
     """``linear(features)``, with gradients for the linear layer alone.
 
     Args:
         features: ``(..., dimension)``, of the layer's type or a narrower one.
         linear: an ``nn.Linear`` with a bias.
+        rows: the only ones that are read, of features ``(n, dimension)``; ascending and each once, ``(k,)`` int64.
 
     Returns:
-        ``(..., linear.out_features)``, of the layer's type.
+        ``(..., linear.out_features)``, of the layer's type. Rows that nobody reads may be anything, and may have no gradient but 0.
     """
     assert isinstance(linear, nn.Linear)
+    if _narrow(features, linear):
+        narrow: Tensor = _Narrow.apply(features, linear.weight, linear.bias, torch.arange(len(features)) if rows is None else rows)
+        return narrow
     if features.dtype == linear.weight.dtype:
-        rows: Tensor = linear(features)
-        return rows
+        projected: Tensor = linear(features)
+        return projected
     return F.linear(features, linear.weight.to(features.dtype)).to(linear.weight.dtype).add_(linear.bias)
+
+
+def _narrow(features: Tensor, linear: nn.Linear) -> bool:
+    """Whether the compiled kernel is for these: where outputs are few and inputs not many a general product is no faster."""
+    d, inner = linear.weight.shape
+    if features.dim() != 2 or inner > NARROW or d > NARROW or d % 16 or inner % 16 or kernels() is None:
+        return False
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (features, linear.weight))
+
+
+class _Narrow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+        compiled = kernels()
+        assert compiled is not None
+        ctx.save_for_backward(features, rows)
+        return compiled.linear(features, weight, bias, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outputs: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        compiled = kernels()
+        assert compiled is not None
+        features, rows = ctx.saved_tensors
+        return None, *compiled.linear_gradient(features, outputs.contiguous(), rows), None
 
 
 def pays(features: Tensor, n: int) -> bool:

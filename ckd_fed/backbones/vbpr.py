@@ -135,6 +135,6 @@ class VBPR(Backbone):
             rows, at = gather.own_items(distinct=True)
             return project_rows(features, rows, linear), at
         if n >= self.n_items:
-            return project(features, linear), gather.items
+            return project(features, linear, gather.read_items(self.n_items)), gather.items
         rows, at = gather.own_items(distinct=False)
         return project(F.embedding(rows, features), linear), at

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 SWITCH = "CKD_FED_KERNELS"
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-std=c11", "-fno-math-errno", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 _NATIVE = "-march=native"  # which not every compiler knows for every processor
 _TIMEOUT = 120  # seconds
 

@@ -21,9 +21,14 @@ _SIGNATURES: dict[str, list[type]] = {
     "ckd_adam": [*[_POINTER] * 4, _INT, *[_DOUBLE] * 5, *_TEAM],
     "ckd_margins": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT, _POINTER, _POINTER, *_TEAM],
     "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
+    "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, *_TEAM],
+    "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, _POINTER, *_TEAM],
+    "ckd_distinct": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
 }
+_RESULTS = {"ckd_distinct": _INT}
 _TRIPLES = 128  # whose squares are one number
+_GROUPS = 16  # of rows, of each of which a linear layer's gradient is summed on its own
 
 
 class Kernels:
@@ -37,7 +42,7 @@ class Kernels:
         self._library = library
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _RESULTS.get(name)
         self._team = _team()
 
     def margins(self, users: Tensor, items: Tensor, user: Tensor, first: Tensor, second: Tensor, ranked: int = 0) -> tuple[Tensor, Tensor]:
@@ -83,6 +88,43 @@ class Kernels:
         to = found.data_ptr(), *self._team, torch.get_num_threads()
         self._library.ckd_gradient(table.data_ptr(), other.data_ptr(), table.shape[1], rows, starts, places, len(found), *of_triples, *to)
         return found
+
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+        """A linear layer on some rows.
+
+        Args:
+            inputs: ``(n, inner)``.
+            weight: ``(d, inner)``, d a multiple of 16.
+            bias: ``(d,)``.
+            rows: whose outputs are wanted, ``(k,)``.
+
+        Returns:
+            ``inputs @ weight.T + bias``, ``(n, d)``; rows that are not wanted are whatever was in the memory.
+        """
+        outputs, turned = inputs.new_empty((len(inputs), len(weight))), weight.t().contiguous()
+        pointers = [tensor.data_ptr() for tensor in (inputs, turned, bias, rows, outputs)]
+        self._library.ckd_linear(*pointers[:4], len(rows), *weight.T.shape, pointers[4], *self._team, torch.get_num_threads())
+        return outputs
+
+    def linear_gradient(self, inputs: Tensor, outputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of a linear layer's weight ``(d, inner)`` and bias ``(d,)``, both dimensions multiples of 16.
+
+        Args:
+            inputs: ``(n, inner)``.
+            outputs: gradient of the outputs, ``(n, d)``.
+            rows: as of :meth:`linear`; the gradient of others is not read.
+        """
+        inner, d = inputs.shape[1], outputs.shape[1]
+        sums = inputs.new_empty((_GROUPS, d * (inner + 1)))
+        pointers = [tensor.data_ptr() for tensor in (inputs, outputs, rows, sums)]
+        self._library.ckd_linear_gradient(*pointers[:3], len(rows), inner, d, pointers[3], *self._team, torch.get_num_threads())
+        weight, bias = sums[0].split([d * inner, d])
+        return weight.view(d, inner), bias
+
+    def distinct(self, index: Tensor, n: int) -> Tensor:
+        """The distinct numbers of an index ``(k,)``, all below n, ascending. Takes as long as a pass over n bytes."""
+        found, seen = torch.empty(n, dtype=torch.long), torch.zeros(n, dtype=torch.int8)
+        return found[: self._library.ckd_distinct(index.data_ptr(), len(index), n, seen.data_ptr(), found.data_ptr())]
 
     def adam(
         self, parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: float, rate: float, betas: tuple[float, float], eps: float

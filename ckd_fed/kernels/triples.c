@@ -161,6 +161,17 @@ void ckd_gradient(const float *table, const float *other, int64_t d, const int64
     run(gradient_work, &g, &g.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
 }
 
+/* The distinct ones among k numbers below n, ascending, to `found`; their number. `seen`: n bytes of 0. */
+int64_t ckd_distinct(const int64_t *index, int64_t k, int64_t n, char *seen, int64_t *found) {
+    int64_t count = 0;
+    for (int64_t p = 0; p < k; p++) seen[index[p]] = 1;
+    for (int64_t r = 0; r < n; r++) {
+        found[count] = r;
+        count += seen[r];
+    }
+    return count;
+}
+
 /* Places of an index in ascending order of what they name; starts: n + 1, where each of n rows' begin. */
 void ckd_invert(const int64_t *index, int64_t k, int64_t n, int64_t *places, int64_t *starts) {
     for (int64_t r = 0; r <= n; r++) starts[r] = 0;

@@ -9,11 +9,13 @@ import torch
 from ckd_fed.backbones import block_margins as block_margins_module
 from ckd_fed.backbones import gather as gather_module
 from ckd_fed.backbones import inverted as inverted_module
+from ckd_fed.backbones import projection as projection_module
 from ckd_fed.backbones.base import Triples
 from ckd_fed.backbones.block_margins import block_margins, composed_margins, summed, triple_margins
 from ckd_fed.backbones.gather import Gather
 from ckd_fed.backbones.inverted import Inverted
-from ckd_fed.kernels import build, kernels
+from ckd_fed.backbones.projection import project
+from ckd_fed.kernels import Kernels, build, kernels
 
 N_USERS, N_ITEMS, B, K = 300, 200, 150, 700
 WIDTHS = [1, 7, 8, 20, 64, 80, 150]  # below, at and beside the kernels' 8 lanes and tiles of 64
@@ -31,7 +33,7 @@ def without_kernels(monkeypatch):
     """A machine without a C compiler, from the call on."""
 
     def take_away():
-        for module in (block_margins_module, inverted_module):
+        for module in (block_margins_module, gather_module, inverted_module, projection_module):
             monkeypatch.setattr(module, "kernels", lambda: None)
 
     return take_away
@@ -128,6 +130,64 @@ def test_an_inverted_index_with_and_without_kernels(generator, without_kernels, 
     expected = Inverted(index, 501)
     assert torch.equal(compiled.places, expected.places)
     assert torch.equal(compiled.starts, expected.starts)
+
+
+@pytest.mark.parametrize("k", [0, 1, 300])
+def test_distinct_numbers_of_an_index(generator, k):
+    index = torch.randint(200, (k,), generator=generator)
+    assert torch.equal(kernels().distinct(index, 201), index.unique())
+
+
+def rows_of(n, share, generator):
+    return torch.arange(n) if share == 1 else torch.nonzero(torch.rand(n, generator=generator) < share).view(-1)
+
+
+@pytest.mark.parametrize("share", [0, 0.6, 1])
+@pytest.mark.parametrize(("n", "inner", "d"), [(1, 16, 16), (7, 32, 80), (63, 48, 64), (1000, 128, 64), (2300, 80, 144)])
+def test_a_linear_layer_and_its_gradient(generator, n, inner, d, share):
+    inputs, weight, bias, of_outputs = (torch.randn(shape, generator=generator) for shape in ((n, inner), (d, inner), (d,), (n, d)))
+    rows = rows_of(n, share, generator)
+    outputs = kernels().linear(inputs, weight, bias, rows)
+    assert outputs.shape == (n, d)
+    torch.testing.assert_close(outputs[rows].double(), inputs[rows].double() @ weight.double().T + bias, rtol=1e-5, atol=1e-5 * inner**0.5)
+    of_outputs[torch.ones(n, dtype=torch.bool).scatter(0, rows, False)] = torch.nan  # of other rows nothing is read
+    of_weight, of_bias = kernels().linear_gradient(inputs, of_outputs, rows)
+    torch.testing.assert_close(of_weight.double(), of_outputs[rows].double().T @ inputs[rows].double(), rtol=1e-5, atol=1e-5 * n**0.5)
+    torch.testing.assert_close(of_bias.double(), of_outputs[rows].double().sum(0), rtol=1e-5, atol=1e-5 * n**0.5)
+
+
+def test_a_linear_layer_has_the_same_bits_with_any_number_of_threads(generator, monkeypatch):
+    inputs, weight, bias, of_outputs = (torch.randn(shape, generator=generator) for shape in ((900, 128), (64, 128), (64,), (900, 64)))
+    rows, compiled, threads, found = rows_of(900, 0.8, generator), kernels(), torch.get_num_threads(), []
+    try:
+        for n, team in ((1, compiled._team), (2, compiled._team), (3, compiled._team), (2, (None, None))):
+            torch.set_num_threads(n)
+            monkeypatch.setattr(compiled, "_team", team)
+            found.append([compiled.linear(inputs, weight, bias, rows)[rows], *compiled.linear_gradient(inputs, of_outputs, rows)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("shape", [(70, 48, 32), (70, 40, 32), (70, 48, 24), (2, 35, 48, 32)], ids=["compiled", "inner", "outer", "three dimensions"])
+def test_a_projection_with_and_without_kernels(generator, monkeypatch, shape):
+    *n, inner, d = shape
+    features, linear = torch.randn(*n, inner, generator=generator), torch.nn.Linear(inner, d)
+    rows = torch.arange(0, 70, 3) if len(n) == 1 else None
+    calls, forward = [], Kernels.linear
+    monkeypatch.setattr(Kernels, "linear", lambda *args: (calls.append(1), forward(*args))[1])
+
+    def found():
+        outputs = project(features, linear, rows)
+        read = outputs if rows is None else outputs[rows]
+        return read, torch.autograd.grad((read * torch.linspace(-1, 1, read.numel()).view(read.shape)).sum(), list(linear.parameters()))
+
+    compiled = found()
+    assert len(calls) == (shape == (70, 48, 32))
+    monkeypatch.setattr(projection_module, "kernels", lambda: None)
+    torch.testing.assert_close(compiled, found(), rtol=1e-5, atol=1e-5)
+    assert len(calls) == (shape == (70, 48, 32))
 
 
 def test_margins_of_views_are_sums_of_blocks(generator):
