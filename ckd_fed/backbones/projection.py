@@ -35,7 +35,7 @@ def project(features: Tensor, linear: nn.Module, rows: Tensor | None = None) -> 
     """
     assert isinstance(linear, nn.Linear)
     if _narrow(features, linear):
-        narrow: Tensor = _Narrow.apply(features, linear.weight, linear.bias, torch.arange(len(features)) if rows is None else rows)
+        narrow: Tensor = _Narrow.apply(features, linear.weight, linear.bias, rows)
         return narrow
     if features.dtype == linear.weight.dtype:
         projected: Tensor = linear(features)
@@ -53,7 +53,7 @@ def _narrow(features: Tensor, linear: nn.Linear) -> bool:
 
 class _Narrow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None) -> Tensor:
         compiled = kernels()
         assert compiled is not None
         ctx.save_for_backward(features, rows)

@@ -21,7 +21,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "ckd_adam": [*[_POINTER] * 4, _INT, *[_DOUBLE] * 5, *_TEAM],
     "ckd_margins": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT, _POINTER, _POINTER, *_TEAM],
     "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
-    "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, *_TEAM],
+    "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, *_TEAM],
     "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, _POINTER, *_TEAM],
     "ckd_distinct": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
@@ -89,24 +89,25 @@ class Kernels:
         self._library.ckd_gradient(table.data_ptr(), other.data_ptr(), table.shape[1], rows, starts, places, len(found), *of_triples, *to)
         return found
 
-    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
-        """A linear layer on some rows.
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
+        """A linear layer on all rows, or on some that are gathered afterwards.
 
         Args:
             inputs: ``(n, inner)``.
             weight: ``(d, inner)``, d a multiple of 16.
             bias: ``(d,)``.
-            rows: whose outputs are wanted, ``(k,)``.
+            rows: whose outputs are wanted, ``(k,)``; None for all.
 
         Returns:
             ``inputs @ weight.T + bias``, ``(n, d)``; rows that are not wanted are whatever was in the memory.
         """
-        outputs, turned = inputs.new_empty((len(inputs), len(weight))), weight.t().contiguous()
+        outputs, turned, past = inputs.new_empty((len(inputs), len(weight))), weight.t().contiguous(), rows is not None
+        rows = torch.arange(len(inputs)) if rows is None else rows
         pointers = [tensor.data_ptr() for tensor in (inputs, turned, bias, rows, outputs)]
-        self._library.ckd_linear(*pointers[:4], len(rows), *weight.T.shape, pointers[4], *self._team, torch.get_num_threads())
+        self._library.ckd_linear(*pointers[:4], len(rows), *weight.T.shape, pointers[4], past, *self._team, torch.get_num_threads())
         return outputs
 
-    def linear_gradient(self, inputs: Tensor, outputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def linear_gradient(self, inputs: Tensor, outputs: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gradients of a linear layer's weight ``(d, inner)`` and bias ``(d,)``, both dimensions multiples of 16.
 
         Args:
@@ -115,6 +116,7 @@ class Kernels:
             rows: as of :meth:`linear`; the gradient of others is not read.
         """
         inner, d = inputs.shape[1], outputs.shape[1]
+        rows = torch.arange(len(inputs)) if rows is None else rows
         sums = inputs.new_empty((_GROUPS, d * (inner + 1)))
         pointers = [tensor.data_ptr() for tensor in (inputs, outputs, rows, sums)]
         self._library.ckd_linear_gradient(*pointers[:3], len(rows), inner, d, pointers[3], *self._team, torch.get_num_threads())

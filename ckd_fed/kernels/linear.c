@@ -87,10 +87,11 @@ static void linear_work(void *data) {
 #endif
 }
 
-/* outputs[row] = inputs[row] weight (inner, d) + bias (d) for n rows; d a multiple of 16. */
+/* outputs[row] = inputs[row] weight (inner, d) + bias (d) for n rows; d a multiple of 16. past: whether rows are read one by one, by all cores, rather than
+ * each again by the core that wrote it. */
 void ckd_linear(const float *inputs, const float *weight, const float *bias, const int64_t *rows, int64_t n, int64_t inner, int64_t d, float *outputs,
-                team parallel, member number, unsigned threads) {
-    struct linear l = {inputs, weight, bias, rows, n, inner, d, outputs, threads > 1 && (uintptr_t)outputs % (4 * WIDE) == 0, {0}};
+                int past, team parallel, member number, unsigned threads) {
+    struct linear l = {inputs, weight, bias, rows, n, inner, d, outputs, past && threads > 1 && (uintptr_t)outputs % (4 * WIDE) == 0, {0}};
     run(linear_work, &l, &l.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
 }
 
