@@ -26,7 +26,7 @@ def test_a_wheel_has_both_apps_and_the_configurations(tmp_path):
         archive.extractall(installed)
         names = archive.namelist()
     assert {f"{package}/py.typed" for package in ("ckd_fed", "server", "clients")} <= set(names)
-    assert {f"ckd_fed/kernels/{source}" for source in ("adam.c", "linear.c", "pieces.h", "triples.c")} <= set(names)
+    assert {f"ckd_fed/kernels/{source}" for source in ("adam.c", "linear.c", "pieces.h", "stream.c", "triples.c")} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     imported = subprocess.run([sys.executable, "-c", IMPORTS, str(installed)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert imported.returncode == 0, imported.stderr

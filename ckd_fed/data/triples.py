@@ -11,6 +11,8 @@ Sampling (one step), as in the published protocol:
 - distillation batch: K users drawn the same way, and two items j, k drawn uniformly from all items.
 
 Steps per epoch = floor(n_train / B) + 1.
+
+Where compiled kernels are to be had a step is drawn by one of them (``ckd_fed/kernels/stream.c``), number for number the same.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ckd_fed.data.interactions import Interactions
 from ckd_fed.errors import DataError
+
+if TYPE_CHECKING:
+    from ckd_fed.kernels import Kernels
 
 _KEPT = 1 << 17  # longest counter that is kept for the next call
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -162,6 +168,15 @@ class TripleStream:
         return len(self.train) // self.batch_size + 1
 
     @cached_property
+    def _compiled(self) -> Kernels | None:
+        """The compiled kernels where there are any and the arrays are as these read them."""
+        from ckd_fed.kernels import kernels  # imports torch, which whoever draws triples needs and whoever reads data does not
+
+        arrays = (self.train.indptr, self.train.items, self.train.users)
+        as_read = all(array.dtype == np.int64 and array.flags.c_contiguous for array in arrays) and self.train.n_items <= 2**31
+        return kernels() if as_read and self.train.n_users <= 2**31 else None
+
+    @cached_property
     def _gaps(self) -> np.ndarray:
         """Sorted keys ``user * (n_items + 1) + (items outside the user's below its k-th item)``: see :meth:`_negatives`."""
         train = self.train
@@ -171,6 +186,8 @@ class TripleStream:
     def step(self, epoch: int, step: int) -> StepTriples:
         """Triples of one step; ``epoch`` and ``step`` count from 0."""
         base = mix_int(derive_key(*self._key, epoch) + (step + 1) * int(_GAMMA))
+        if self._compiled is not None:
+            return StepTriples(*self._compiled.triples(base, self.train, self.batch_size, self.kd_batch_size))
         users = self._draw_users(base, _USERS, self.batch_size)
         degree = self.train.degree[users]
         positive = self.train.items[self.train.indptr[users] + below(self._lane(base, _POSITIVE, len(users)), degree)]

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from ckd_fed.kernels.build import built
 
 if TYPE_CHECKING:
     from ckd_fed.backbones.inverted import Inverted
+    from ckd_fed.data.interactions import Interactions
 
 _POINTER, _INT, _FLOAT, _DOUBLE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_uint
 _TEAM = (_POINTER, _POINTER, _COUNT)
@@ -25,8 +27,9 @@ _SIGNATURES: dict[str, list[type]] = {
     "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, _POINTER, *_TEAM],
     "ckd_distinct": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
+    "ckd_triples": [ctypes.c_uint64, _POINTER, _POINTER, _INT, _POINTER, *[_INT] * 3, _POINTER, _POINTER],
 }
-_RESULTS = {"ckd_distinct": _INT}
+_RESULTS = {"ckd_distinct": _INT, "ckd_triples": ctypes.c_int}
 _TRIPLES = 128  # whose squares are one number
 _GROUPS = 16  # of rows, of each of which a linear layer's gradient is summed on its own
 
@@ -88,6 +91,26 @@ class Kernels:
         to = found.data_ptr(), *self._team, torch.get_num_threads()
         self._library.ckd_gradient(table.data_ptr(), other.data_ptr(), table.shape[1], rows, starts, places, len(found), *of_triples, *to)
         return found
+
+    def triples(self, base: int, train: Interactions, b: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Triples of a step as :class:`~ckd_fed.data.triples.TripleStream` draws them.
+
+        Args:
+            base: the step's key.
+            train: some users have items, none all of them.
+            b, k: triples of the ranking and of the distillation batch.
+
+        Returns:
+            ``(3, b)`` and ``(3, k)`` int32.
+
+        Raises:
+            MemoryError: there is not enough.
+        """
+        ranking, distillation = np.empty((3, b), dtype=np.int32), np.empty((3, k), dtype=np.int32)
+        indptr, items, pool, *to = (array.ctypes.data for array in (train.indptr, train.items, train.users, ranking, distillation))
+        if self._library.ckd_triples(base, indptr, items, train.n_items, pool, len(train.users), b, k, *to):
+            raise MemoryError(f"there is not enough memory to draw {max(b, k):,} of {len(train.users):,} users")
+        return ranking, distillation
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
         """A linear layer on all rows, or on some that are gathered afterwards.

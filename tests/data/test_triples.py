@@ -7,12 +7,23 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from ckd_fed.data.interactions import Interactions
 from ckd_fed.data.triples import _KD_USERS, _USERS, TripleStream, below, derive_key, first_distinct, mix64, smallest, triples_hash, words
 from ckd_fed.errors import DataError
+from ckd_fed.kernels import Kernels, kernels
 
 # Users 0, 4, 8, ... have no training items; user 1 has all items but one.
 ROWS = [[] if user % 4 == 0 else [(7 * user + 3 * k) % 23 for k in range(1 + user % 5)] for user in range(24)]
 ROWS[1] = [item for item in range(23) if item != 11]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "numpy"])
+def way(request, monkeypatch):
+    """All holds of both ways to draw."""
+    if request.param == "numpy":
+        monkeypatch.setattr(TripleStream, "_compiled", None)
+    elif kernels() is None:
+        pytest.skip("there is no C compiler")
 
 
 @pytest.fixture
@@ -142,6 +153,7 @@ def test_repeated_users_are_drawn_with_repetition(train):
 
 def test_sparse_drawing_draws_again_after_collisions(interactions, monkeypatch):
     """A first lane that repeats one user forces a second attempt, from a lane that nothing else uses."""
+    monkeypatch.setattr(TripleStream, "_compiled", None)
     stream = TripleStream(interactions([[0]] * 200, 5), "f", 0, 10, 10)
     genuine, used = TripleStream._lane, []
 
@@ -267,3 +279,26 @@ def test_the_smallest_where_one_word_too_few_is_below_the_bound():
     word = np.arange(1000, dtype=np.uint64) + np.uint64(2**63)
     word[5] = 0
     assert smallest(word, 2).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_compiled_and_numpy_draw_the_same(monkeypatch, seed, way):
+    """Of any users and items, and any size against the number of users with items: repeated, dense and sparse drawing."""
+    rng = np.random.default_rng(seed)
+    n_users, n_items = int(rng.integers(1, 3000)), int(rng.integers(2, 400))
+    of_all = np.unique(rng.integers(0, n_users * (n_items - 1), int(rng.integers(1, 8000))))
+    train = Interactions.from_pairs(of_all // (n_items - 1), of_all % (n_items - 1), n_users, n_items)
+    p = len(train.users)
+    sizes = [1, 2, 300, 1024, p, p + 1, max(1, p // 4), max(1, p // 4 - 1)]
+    stream = TripleStream(train, "f", seed, int(rng.choice(sizes)), int(rng.choice([0, 5000, *sizes])))
+    found = stream.epoch(0)[:3]
+    monkeypatch.setattr(TripleStream, "_compiled", None)
+    assert all(same(mine, stream.step(0, step)) for step, mine in enumerate(found))
+
+
+def test_arrays_of_another_kind_are_not_for_the_kernel(monkeypatch, train, way):
+    calls, compiled = [], Kernels.triples
+    monkeypatch.setattr(Kernels, "triples", lambda *args: (calls.append(1), compiled(*args))[1])
+    other = Interactions(train.indptr.astype(np.int32), train.items, train.n_items)
+    assert same(TripleStream(train, "f", 1, 4, 3).step(0, 0), TripleStream(other, "f", 1, 4, 3).step(0, 0))
+    assert len(calls) == (TripleStream._compiled is not None)
