@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckd_fed.backbones.inverted import Inverted, check_rows, compacted
+from ckd_fed.backbones.inverted import Inverted, compacted
 from ckd_fed.kernels import kernels
 
 if TYPE_CHECKING:
@@ -207,12 +207,8 @@ class Gather:
         if compiled is None or self.items.rows.device.type != "cpu":
             return None
 
-        def find() -> Tensor:
-            index = torch.cat(self.items.parts)
-            check_rows(index, n)
-            return compiled.distinct(index, n)
-
-        return self.items.once(("read", n), find)
+        found: Tensor = self.items.once(("read", n), lambda: compiled.distinct(torch.cat(self.items.parts), n))
+        return found
 
     def rows(self, users: Tensor, items: Tensor, difference: Tensor | None) -> Rows:
         """What :meth:`of_users` and :meth:`of_items` gave, put together."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckd_fed.kernels import kernels
+from ckd_fed.kernels import check_rows, kernels
 
 
 def ascending(numbers: np.ndarray) -> np.ndarray:
@@ -26,17 +26,6 @@ def ascending(numbers: np.ndarray) -> np.ndarray:
     if len(numbers) and numbers.max() >= 1 << 16:
         places = places[np.argsort((numbers[places] >> 16).astype(np.uint16), kind="stable")]
     return places
-
-
-def check_rows(index: Tensor, n: int) -> None:
-    """See that an index on the CPU is of rows of a table of n, as compiled code does not.
-
-    Raises:
-        IndexError: it is not.
-    """
-    numbers = index.numpy()
-    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < n:
-        raise IndexError(f"rows from {numbers.min()} to {numbers.max()} are read of a table that has {n}")
 
 
 class Inverted:
@@ -58,12 +47,12 @@ class Inverted:
     def __init__(self, index: Tensor, n: int | None = None) -> None:
         numbers = index.numpy()
         self.rows: Tensor | None = None
-        if n is not None:
-            check_rows(index, n)
         compiled = kernels()
         if n is not None and compiled is not None:
             self.places, self.starts = compiled.inverted(index.contiguous(), n)
             return
+        if n is not None:
+            check_rows(index, n)
         places = ascending(numbers)
         if n is None:
             ordered = numbers[places]

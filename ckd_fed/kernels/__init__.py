@@ -4,6 +4,6 @@ Wherever it has none, :func:`kernels` is None and torch's own operations do the 
 """
 
 from ckd_fed.kernels.build import built, keep_in
-from ckd_fed.kernels.compiled import Kernels, kernels
+from ckd_fed.kernels.compiled import Kernels, check_rows, kernels
 
-__all__ = ["Kernels", "built", "keep_in", "kernels"]
+__all__ = ["Kernels", "built", "check_rows", "keep_in", "kernels"]

@@ -21,7 +21,7 @@ _POINTER, _INT, _FLOAT, _DOUBLE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctype
 _TEAM = (_POINTER, _POINTER, _COUNT)
 _SIGNATURES: dict[str, list[type]] = {
     "ckd_adam": [*[_POINTER] * 4, _INT, *[_DOUBLE] * 5, *_TEAM],
-    "ckd_margins": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT, _POINTER, _POINTER, *_TEAM],
+    "ckd_margins": [_POINTER, _INT, _POINTER, _INT, _INT, *[_POINTER] * 3, _INT, _INT, *[_POINTER] * 3, *_TEAM],
     "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
     "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, *_TEAM],
     "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, _POINTER, *_TEAM],
@@ -29,13 +29,24 @@ _SIGNATURES: dict[str, list[type]] = {
     "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_triples": [ctypes.c_uint64, _POINTER, _POINTER, _INT, _POINTER, *[_INT] * 3, _POINTER, _POINTER],
 }
-_RESULTS = {"ckd_distinct": _INT, "ckd_triples": ctypes.c_int}
+_RESULTS = {"ckd_distinct": _INT, **dict.fromkeys(("ckd_invert", "ckd_margins", "ckd_triples"), ctypes.c_int)}
 _TRIPLES = 128  # whose squares are one number
 _GROUPS = 16  # of rows, of each of which a linear layer's gradient is summed on its own
 
 
+def check_rows(index: Tensor, n: int) -> None:
+    """See that an index on the CPU is of rows of a table of n.
+
+    Raises:
+        IndexError: it is not.
+    """
+    numbers = index.numpy()
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < n:
+        raise IndexError(f"rows from {numbers.min()} to {numbers.max()} are read of a table that has {n}")
+
+
 class Kernels:
-    """Functions of contiguous tensors on the CPU: tables of float32, everything that is read of them in int64 and within their bounds.
+    """Functions of contiguous tensors on the CPU: tables of float32, rows of them in int64.
 
     Args:
         library: as compiled.
@@ -58,12 +69,18 @@ class Kernels:
 
         Returns:
             ``users[user] . (items[first] - items[second])``, ``(n,)``; the sum, scalar.
+
+        Raises:
+            IndexError: a row is not in its table.
         """
         n = len(user)
-        margin, squares = users.new_empty(n), torch.zeros(-(-ranked // _TRIPLES), dtype=torch.double)
-        pointers = [tensor.data_ptr() for tensor in (users, items, user, first, second, margin, squares)]
-        self._library.ckd_margins(*pointers[:2], users.shape[1], *pointers[2:5], n, ranked, *pointers[5:], *self._team, torch.get_num_threads())
-        return margin, squares.sum().to(users.dtype)
+        margin, squares, total = users.new_empty(n), torch.empty(-(-ranked // _TRIPLES), dtype=torch.double), users.new_empty(())
+        rows = user.data_ptr(), first.data_ptr(), second.data_ptr(), n, ranked
+        to = margin.data_ptr(), squares.data_ptr(), total.data_ptr(), *self._team, torch.get_num_threads()
+        if self._library.ckd_margins(users.data_ptr(), len(users), items.data_ptr(), len(items), users.shape[1], *rows, *to):
+            for index, table in ((user, users), (first, items), (second, items)):
+                check_rows(index, len(table))
+        return margin, total
 
     def users_gradient(
         self, users: Tensor, items: Tensor, bags: Inverted, first: Tensor, second: Tensor, margin: Tensor, ranked: int, squares: float
@@ -147,9 +164,16 @@ class Kernels:
         return weight.view(d, inner), bias
 
     def distinct(self, index: Tensor, n: int) -> Tensor:
-        """The distinct numbers of an index ``(k,)``, all below n, ascending. Takes as long as a pass over n bytes."""
+        """The distinct numbers of an index ``(k,)``, ascending. Takes as long as a pass over n bytes.
+
+        Raises:
+            IndexError: one is not below n.
+        """
         found, seen = torch.empty(n, dtype=torch.long), torch.zeros(n, dtype=torch.int8)
-        return found[: self._library.ckd_distinct(index.data_ptr(), len(index), n, seen.data_ptr(), found.data_ptr())]
+        count = self._library.ckd_distinct(index.data_ptr(), len(index), n, seen.data_ptr(), found.data_ptr())
+        if count < 0:
+            check_rows(index, n)
+        return found[:count]
 
     def adam(
         self, parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: float, rate: float, betas: tuple[float, float], eps: float
@@ -166,9 +190,14 @@ class Kernels:
         self._library.ckd_adam(*pointers, parameter.numel(), rate, *betas, eps, step, *self._team, torch.get_num_threads())
 
     def inverted(self, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """The places of an index ``(k,)`` in ascending order of the rows that they name, and where those of each of n rows start, ``(n + 1,)``."""
+        """The places of an index ``(k,)`` in ascending order of the rows that they name, and where those of each of n rows start, ``(n + 1,)``.
+
+        Raises:
+            IndexError: a row is not among the n.
+        """
         places, starts = torch.empty_like(index), torch.empty(n + 1, dtype=torch.long)
-        self._library.ckd_invert(index.data_ptr(), len(index), n, places.data_ptr(), starts.data_ptr())
+        if self._library.ckd_invert(index.data_ptr(), len(index), n, places.data_ptr(), starts.data_ptr()):
+            check_rows(index, n)
         return places, starts
 
 

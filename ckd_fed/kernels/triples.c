@@ -16,11 +16,14 @@ static inline void fetch(const float *row, int64_t d) {
 struct margins {
     const float *users, *items;
     const int64_t *user, *first, *second;
-    int64_t d, n, ranked;
+    int64_t n_users, n_items, d, n, ranked;
     float *margin;
     double *squares;
+    atomic_int beyond;
     struct pieces pieces;
 };
+
+static inline int within(int64_t row, int64_t n) { return (uint64_t)row < (uint64_t)n; }
 
 static inline float margin_of(const float *u, const float *i, const float *j, int64_t d) {
     vec sum = {0};
@@ -56,6 +59,10 @@ static void margins_work(void *data) {
                 fetch(m->items + m->first[t + AHEAD] * d, d);
                 fetch(m->items + m->second[t + AHEAD] * d, d);
             }
+            if (!within(m->user[t], m->n_users) || !within(m->first[t], m->n_items) || !within(m->second[t], m->n_items)) {
+                atomic_store_explicit(&m->beyond, 1, memory_order_relaxed);
+                continue;
+            }
             const float *u = m->users + m->user[t] * d, *i = m->items + m->first[t] * d, *j = m->items + m->second[t] * d;
             m->margin[t] = margin_of(u, i, j, d);
             if (t < m->ranked) squares += squares_of(u, i, j, d);
@@ -64,12 +71,17 @@ static void margins_work(void *data) {
     }
 }
 
-/* margin[t] = users[user[t]] . (items[first[t]] - items[second[t]]); squares[k]: of all rows that
- * those of the first `ranked` triples read which are among the k-th TRIPLES. */
-void ckd_margins(const float *users, const float *items, int64_t d, const int64_t *user, const int64_t *first, const int64_t *second, int64_t n,
-                 int64_t ranked, float *margin, double *squares, team parallel, member number, unsigned threads) {
-    struct margins m = {users, items, user, first, second, d, n, ranked, margin, squares, {0}};
+/* margin[t] = users[user[t]] . (items[first[t]] - items[second[t]]); total: sum of squares of all rows that the first `ranked` triples read; squares: memory
+ * for one number for each TRIPLES of these. 0, or -1 where a row is not in its table. */
+int ckd_margins(const float *users, int64_t n_users, const float *items, int64_t n_items, int64_t d, const int64_t *user, const int64_t *first,
+                const int64_t *second, int64_t n, int64_t ranked, float *margin, double *squares, float *total, team parallel, member number,
+                unsigned threads) {
+    struct margins m = {users, items, user, first, second, n_users, n_items, d, n, ranked, margin, squares, 0, {0}};
     run(margins_work, &m, &m.pieces, (n + TRIPLES - 1) / TRIPLES, parallel, number, threads);
+    double sum = 0;
+    for (int64_t chunk = 0; chunk * TRIPLES < ranked; chunk++) sum += squares[chunk];
+    *total = (float)sum;
+    return m.beyond ? -1 : 0;
 }
 
 struct gradient {
@@ -161,10 +173,13 @@ void ckd_gradient(const float *table, const float *other, int64_t d, const int64
     run(gradient_work, &g, &g.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
 }
 
-/* The distinct ones among k numbers below n, ascending, to `found`; their number. `seen`: n bytes of 0. */
+/* The distinct ones among k numbers, ascending, to `found`; how many there are, or -1 where one is not below n. `seen`: n bytes of 0. */
 int64_t ckd_distinct(const int64_t *index, int64_t k, int64_t n, char *seen, int64_t *found) {
     int64_t count = 0;
-    for (int64_t p = 0; p < k; p++) seen[index[p]] = 1;
+    for (int64_t p = 0; p < k; p++) {
+        if (!within(index[p], n)) return -1;
+        seen[index[p]] = 1;
+    }
     for (int64_t r = 0; r < n; r++) {
         found[count] = r;
         count += seen[r];
@@ -172,12 +187,16 @@ int64_t ckd_distinct(const int64_t *index, int64_t k, int64_t n, char *seen, int
     return count;
 }
 
-/* Places of an index in ascending order of what they name; starts: n + 1, where each of n rows' begin. */
-void ckd_invert(const int64_t *index, int64_t k, int64_t n, int64_t *places, int64_t *starts) {
+/* Places of an index in ascending order of what they name; starts: n + 1, where each of n rows' begin. 0, or -1 where one is not below n. */
+int ckd_invert(const int64_t *index, int64_t k, int64_t n, int64_t *places, int64_t *starts) {
     for (int64_t r = 0; r <= n; r++) starts[r] = 0;
-    for (int64_t p = 0; p < k; p++) starts[index[p] + 1]++;
+    for (int64_t p = 0; p < k; p++) {
+        if (!within(index[p], n)) return -1;
+        starts[index[p] + 1]++;
+    }
     for (int64_t r = 1; r <= n; r++) starts[r] += starts[r - 1];
     for (int64_t p = 0; p < k; p++) places[starts[index[p]]++] = p;
     for (int64_t r = n; r > 0; r--) starts[r] = starts[r - 1];
     starts[0] = 0;
+    return 0;
 }
