@@ -11,9 +11,16 @@ import torch
 from ckd_fed.backbones.base import Embeddings
 from ckd_fed.backbones.block_margins import triple_margins
 from ckd_fed.data.triples import StepTriples
+from ckd_fed.kernels import kernels
 
-_AT_ONCE = {"cpu": 1, "cuda": 16}  # steps: rows that a CPU's cache holds; for each upload the host waits for a GPU
 DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+
+
+def _at_once(device: torch.device) -> int:
+    """Steps that go together: for each upload the host waits for a GPU, and a call has its price, but what torch gathers should fit the cache."""
+    if device.type == "cpu":
+        return 4 if kernels() else 1
+    return 16
 
 
 def largest_margin(dtype: np.dtype, bound: float) -> float:
@@ -43,7 +50,7 @@ def margin_sheet(
         return np.empty((0, 0), dtype=dtype)
     device, limit = teacher.users.device, largest_margin(dtype, bound)
     sheet = np.empty((len(steps), steps[0].ranking.shape[1] + steps[0].distillation.shape[1]), dtype=dtype)
-    at_once = _AT_ONCE.get(device.type, _AT_ONCE["cuda"])
+    at_once = _at_once(device)
     for start in range(0, len(steps), at_once):
         rows = sheet[start : start + at_once]
         parts = [part for step in steps[start : start + at_once] for part in (step.ranking, step.distillation)]
