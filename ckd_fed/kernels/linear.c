@@ -4,7 +4,7 @@
  * are as fast as the processor multiplies: a tile of sums stays in registers. Sums do not depend on the number of threads.
  */
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #include "pieces.h"
@@ -24,9 +24,14 @@ static inline wide load_wide(const float *at) { return *(const wide *)at; }
 
 /* Past the caches: other cores have read what was there before, see adam.c. */
 static inline void store_wide(float *at, wide value, int past) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     if (past) {
         _mm512_stream_ps(at, (__m512)value);
+        return;
+    }
+#elif defined(__AVX__)
+    if (past) {
+        _mm256_stream_ps(at, (__m256)value);
         return;
     }
 #endif
@@ -82,7 +87,7 @@ static void linear_work(void *data) {
         }
         for (; at < end; at++) outputs_rows(l, l->rows + at, 1);
     }
-#ifdef __AVX512F__
+#ifdef __AVX__
     _mm_sfence();
 #endif
 }

@@ -21,7 +21,7 @@ class Adam:
     """Adam (Kingma, Ba, ICLR 2015, arXiv:1412.6980) with torch's fused kernel: bit by bit what ``torch.optim.Adam(fused=True)`` gives.
 
     On a CPU large tables are moved by a kernel of our own, which writes the parameters so that no core waits for another, see ``adam.c``. It rounds
-    alike, but for the last few numbers of each thread's part, where torch's has another formula.
+    alike where the compiler knows the processor, but for the last few numbers of each thread's part, where torch's has another formula.
 
     torch's own class imports its compiler when it is made, which takes seconds and 70 MB; in a deployment every message has a fresh process.
 
@@ -121,6 +121,7 @@ class Adam:
         ):
             return False
         compiled.adam(parameter, gradient, moments, float(state["step"].add_(1)), rate, BETAS, EPS)
+        torch.autograd.graph.increment_version(parameter)  # so that a backward pass that still needs what it was says so
         return True
 
     def _update(self, given: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]], rate: float) -> None:

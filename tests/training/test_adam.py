@@ -89,6 +89,16 @@ def test_a_large_table_of_any_length_and_place_is_moved_as_torch_does(start):
     torch.testing.assert_close(module[0], other[0], rtol=1e-6, atol=1e-7)
 
 
+def test_a_backward_pass_that_needs_a_moved_parameter_is_told():
+    table = nn.Parameter(torch.rand(2053, 64))
+    module = nn.ParameterList([table])
+    loss = table.square().sum()
+    table.grad = torch.ones_like(table)
+    Adam(module, 1e-2).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("of", [lambda t: t.double(), lambda t: t.T.contiguous().T], ids=["float64", "not contiguous"])
 def test_large_tables_that_are_not_for_the_kernel(of):
     module = nn.ParameterList([of(torch.randn(2053, 64, generator=torch.Generator().manual_seed(1)))])
