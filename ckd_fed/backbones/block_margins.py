@@ -66,7 +66,8 @@ def triple_margins(users: Tensor, items: Tensor, user: Tensor, first: Tensor, se
     """
     compiled = _compiled(users)
     if compiled is not None:
-        return compiled.margins(users.contiguous(), items.contiguous(), user, first, second)[0]
+        users, items, user, first, second = (tensor.contiguous() for tensor in (users, items, user, first, second))
+        return compiled.margins(users, items, user, first, second)[0]
     apart = torch.stack([first, second], dim=1).view(-1)
     return F.embedding(user, users).mul_(differences(items, apart)).sum(-1)
 

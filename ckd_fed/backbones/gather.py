@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckd_fed.backbones.inverted import Inverted, compacted
-from ckd_fed.kernels import kernels
+from ckd_fed.backbones.inverted import Inverted, compacted, distinct
 
 if TYPE_CHECKING:
     from ckd_fed.backbones.base import Triples
@@ -182,33 +181,24 @@ class Gather:
         first, second = gather_rows(items, Index(of_items.rows))[0].split(self._sizes[0])
         return gather_rows(users, Index(self.users.rows[: self._sizes[0]]))[0], first, second
 
-    def own_items(self, *, distinct: bool) -> tuple[Tensor, Index]:
+    def own_items(self, *, once: bool) -> tuple[Tensor, Index]:
         """Which items a table of both batches' items alone has in its rows, and where it is read; found once a step.
 
         Args:
-            distinct: each once, ascending, on a CPU alone; or as they come.
+            once: each once, ascending, on a CPU alone; or as they come.
         """
-        if distinct not in self._own:
-            if distinct:
+        if once not in self._own:
+            if once:
                 rows, parts = compacted(self.items.parts)
             else:
                 rows = torch.cat(self.items.parts)
                 parts = list(torch.arange(len(rows), device=rows.device).split([len(part) for part in self.items.parts]))
-            self._own[distinct] = rows, Index.of_parts(parts)
-        return self._own[distinct]
+            self._own[once] = rows, Index.of_parts(parts)
+        return self._own[once]
 
-    def read_items(self, n: int) -> Tensor | None:
-        """The distinct items of both batches among n, ascending; found once a step. None without compiled kernels.
-
-        Raises:
-            IndexError: an item is not among them.
-        """
-        compiled = kernels()
-        if compiled is None or self.items.rows.device.type != "cpu":
-            return None
-
-        found: Tensor = self.items.once(("read", n), lambda: compiled.distinct(torch.cat(self.items.parts), n))
-        return found
+    def read_items(self, n: int) -> Tensor:
+        """The distinct items of both batches among n, ascending, on a CPU alone; found once a step."""
+        return self.items.once(("read", n), lambda: distinct(torch.cat(self.items.parts), n))
 
     def rows(self, users: Tensor, items: Tensor, difference: Tensor | None) -> Rows:
         """What :meth:`of_users` and :meth:`of_items` gave, put together."""

@@ -85,8 +85,19 @@ class Inverted:
         )
 
 
-def distinct(index: Tensor) -> Tensor:
-    """The distinct numbers of an index on the CPU, ascending: ``unique``, in a fraction of its time."""
+def distinct(index: Tensor, n: int | None = None) -> Tensor:
+    """The distinct numbers of an index on the CPU, ascending: ``unique``, in a fraction of its time.
+
+    Args:
+        index: ``(k,)`` int64.
+        n: what all are below, where a pass over n flags is little beside the index: a compiled kernel then takes it.
+
+    Raises:
+        IndexError: a number is not below n.
+    """
+    compiled = kernels()
+    if n is not None and compiled is not None:
+        return compiled.distinct(index, n)
     rows = Inverted(index).rows
     assert rows is not None
     return rows

@@ -9,7 +9,7 @@ or the gradient, to that type, sums in float32 and rounds the result; parameters
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,20 +22,21 @@ BLOCK = 1 << 22  # bytes of a block of features
 NARROW = 512  # inputs or outputs, at most, of a linear layer for the compiled kernel
 
 
-def project(features: Tensor, linear: nn.Module, rows: Tensor | None = None) -> Tensor:
+def project(features: Tensor, linear: nn.Module, rows: Callable[[], Tensor] | None = None) -> Tensor:
     """``linear(features)``, with gradients for the linear layer alone.
 
     Args:
         features: ``(..., dimension)``, of the layer's type or a narrower one.
         linear: an ``nn.Linear`` with a bias.
-        rows: the only ones that are read, of features ``(n, dimension)``; ascending and each once, ``(k,)`` int64.
+        rows: gives the only ones that are read, of features ``(n, dimension)``, ascending and each once,
+            ``(k,)`` int64. Called on a CPU, where that saves work.
 
     Returns:
         ``(..., linear.out_features)``, of the layer's type. Rows that nobody reads may be anything, and may have no gradient but 0.
     """
     assert isinstance(linear, nn.Linear)
     if _narrow(features, linear):
-        narrow: Tensor = _Narrow.apply(features, linear.weight, linear.bias, rows)
+        narrow: Tensor = _Narrow.apply(features, linear.weight, linear.bias, rows and rows())
         return narrow
     if features.dtype == linear.weight.dtype:
         projected: Tensor = linear(features)

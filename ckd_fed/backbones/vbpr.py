@@ -132,9 +132,9 @@ class VBPR(Backbone):
         features, linear = self.features(modality), self.projection[modality]
         n = len(gather.items)
         if pays(features, n):
-            rows, at = gather.own_items(distinct=True)
+            rows, at = gather.own_items(once=True)
             return project_rows(features, rows, linear), at
         if n >= self.n_items:
-            return project(features, linear, gather.read_items(self.n_items)), gather.items
-        rows, at = gather.own_items(distinct=False)
+            return project(features, linear, lambda: gather.read_items(self.n_items)), gather.items
+        rows, at = gather.own_items(once=False)
         return project(F.embedding(rows, features), linear), at

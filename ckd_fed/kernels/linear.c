@@ -39,11 +39,6 @@ static inline void store_wide(float *at, wide value, int past) {
     *(wide *)at = value;
 }
 
-/* What is read next. */
-static inline void fetch(const float *from, int64_t n) {
-    for (int64_t k = 0; k < n; k += LINE) __builtin_prefetch(from + k, 0, 2);
-}
-
 struct linear {
     const float *inputs, *weight, *bias;
     const int64_t *rows;

@@ -1,4 +1,4 @@
-/* What the kernels share: vectors, and a team of threads that takes work in pieces. */
+/* What the kernels share: vectors, fetching ahead, and a team of threads that takes work in pieces. */
 #ifndef CKD_PIECES_H
 #define CKD_PIECES_H
 
@@ -10,6 +10,11 @@ typedef float vec __attribute__((vector_size(32), aligned(4), may_alias)); /* 8 
 enum { LANES = 8, LINE = 16, ROWS = 64 }; /* of a vector, numbers of a cache line, and rows that a thread takes at a time */
 
 static inline vec load(const float *at) { return *(const vec *)at; }
+
+/* What is read soon, into the cache. */
+static inline void fetch(const float *from, int64_t n) {
+    for (int64_t k = 0; k < n; k += LINE) __builtin_prefetch(from + k, 0, 2);
+}
 
 static inline float total(vec v) {
     float sum = 0;

@@ -9,10 +9,6 @@
  * or ROWS rows at a time. */
 enum { TILE = 8, AHEAD = 8, TRIPLES = 128 };
 
-static inline void fetch(const float *row, int64_t d) {
-    for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(row + c, 0, 2);
-}
-
 struct margins {
     const float *users, *items;
     const int64_t *user, *first, *second;

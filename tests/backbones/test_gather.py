@@ -103,7 +103,7 @@ def of_a_block(users, items, distillation, where):
     if where == "all":
         table, at = items, gather.items
     else:
-        rows, at = gather.own_items(distinct=where == "distinct")
+        rows, at = gather.own_items(once=where == "distinct")
         table = items[rows]
     found = block_margins(users, table, gather.users, at)
     assert (found.distillation is None) == (distillation is None)

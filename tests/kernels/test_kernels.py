@@ -13,7 +13,7 @@ from ckd_fed.backbones import projection as projection_module
 from ckd_fed.backbones.base import Triples
 from ckd_fed.backbones.block_margins import block_margins, composed_margins, summed, triple_margins
 from ckd_fed.backbones.gather import Gather
-from ckd_fed.backbones.inverted import Inverted
+from ckd_fed.backbones.inverted import Inverted, distinct
 from ckd_fed.backbones.projection import project
 from ckd_fed.kernels import Kernels, build, kernels
 
@@ -33,7 +33,7 @@ def without_kernels(monkeypatch):
     """A machine without a C compiler, from the call on."""
 
     def take_away():
-        for module in (block_margins_module, gather_module, inverted_module, projection_module):
+        for module in (block_margins_module, inverted_module, projection_module):
             monkeypatch.setattr(module, "kernels", lambda: None)
 
     return take_away
@@ -133,9 +133,16 @@ def test_an_inverted_index_with_and_without_kernels(generator, without_kernels, 
 
 
 @pytest.mark.parametrize("k", [0, 1, 300])
-def test_distinct_numbers_of_an_index(generator, k):
+def test_distinct_numbers_of_an_index(generator, without_kernels, k):
     index = torch.randint(200, (k,), generator=generator)
-    assert torch.equal(kernels().distinct(index, 201), index.unique())
+    assert torch.equal(distinct(index, 201), index.unique())
+    without_kernels()
+    assert torch.equal(distinct(index, 201), index.unique())
+
+
+def test_distinct_numbers_are_below_their_bound():
+    with pytest.raises(IndexError, match=r"200.* 200"):
+        distinct(torch.tensor([3, 200]), 200)
 
 
 def rows_of(n, share, generator):
@@ -179,7 +186,7 @@ def test_a_projection_with_and_without_kernels(generator, monkeypatch, shape):
     monkeypatch.setattr(Kernels, "linear", lambda *args: (calls.append(1), forward(*args))[1])
 
     def found():
-        outputs = project(features, linear, rows)
+        outputs = project(features, linear, None if rows is None else lambda: rows)
         read = outputs if rows is None else outputs[rows]
         return read, torch.autograd.grad((read * torch.linspace(-1, 1, read.numel()).view(read.shape)).sum(), list(linear.parameters()))
 
