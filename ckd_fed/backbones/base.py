@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -104,7 +104,7 @@ class RankingBatch:
     def half_squares(self) -> Tensor:
         """Half the sum of the rows' squares, divided by B: the published L2 term before its weight."""
         if self.squares is not None:
-            return 0.5 * self.squares / len(self.triples)
+            return self.squares * (0.5 / max(1, len(self.triples)))
         return half_squares(self.users, self.positives, self.negatives)
 
 
@@ -337,7 +337,11 @@ def bpr_loss(margin: Tensor) -> Tensor:
     return -F.logsigmoid(margin).mean() if len(margin) else margin.sum()
 
 
+def sum_of(scalars: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one scalar: as additions, which unlike a stack's sum have nothing to do in the backward pass."""
+    return reduce(torch.add, scalars)
+
+
 def half_squares(*rows: Tensor) -> Tensor:
     """Half the sum of squares of some ``(B, d)`` rows, divided by B: the published L2 term before its weight."""
-    squares = torch.stack([row.square().sum() for row in rows]).sum()
-    return 0.5 * squares / rows[0].shape[0]
+    return sum_of(row.square().sum() for row in rows) * (0.5 / max(1, len(rows[0])))

@@ -162,10 +162,13 @@ class _Summed(torch.autograd.Function):
     def forward(ctx: Any, views: tuple[tuple[int, ...], ...], *margins: Tensor) -> Tensor:
         ctx.views, ctx.blocks = views, len(margins)
         sums = margins[0].new_empty((len(views), len(margins[0])))
-        for total, (block, *blocks) in zip(sums, views, strict=True):
-            total.copy_(margins[block])
-            for other in blocks:
-                total += margins[other]
+        for of_view, (first, *others) in zip(sums, views, strict=True):
+            if not others:
+                of_view.copy_(margins[first])
+                continue
+            torch.add(margins[first], margins[others[0]], out=of_view)
+            for other in others[1:]:
+                of_view += margins[other]
         return sums
 
     @staticmethod

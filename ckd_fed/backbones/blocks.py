@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
+from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View, sum_of
 from ckd_fed.backbones.block_margins import BlockMargins, block_margins, summed
 from ckd_fed.backbones.gather import Gather
 
@@ -53,7 +53,7 @@ class BlockBackbone(Backbone):
             return [torch.cat(part, dim=1) for part in zip(*rows, strict=True)]
 
         margins = of_views(asked.ranking_views, [one.ranking for one in done.values()])
-        squares = torch.stack([done[id(block)].squares for block in joint]).sum()
+        squares = sum_of(done[id(block)].squares for block in joint)
         batch = RankingBatch(asked.ranking, margins[self.joint], joint_rows, squares=squares)
         distilled = [one.distillation for one in done.values() if one.distillation is not None]
         return StepOutput(self.losses(batch), margins, of_views(asked.distillation_views, distilled))

@@ -68,6 +68,7 @@ class Index:
         self.rows = rows
         self.pairs = pairs
         self._found: dict[Hashable, Any] = {}
+        self._size = sum(map(len, self.parts))
 
     @classmethod
     def of_parts(cls, parts: Sequence[Tensor]) -> Index:
@@ -87,7 +88,7 @@ class Index:
 
     def __len__(self) -> int:
         """How many rows of a table are read."""
-        return sum(map(len, self.parts))
+        return self._size
 
     def kind(self, table: Tensor) -> Kind:
         """Of a table's gradient."""

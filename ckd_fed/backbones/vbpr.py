@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View
+from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View, sum_of
 from ckd_fed.backbones.block_margins import block_margins, summed
 from ckd_fed.backbones.gather import Gather, Index
 from ckd_fed.backbones.projection import pays, project, project_rows
@@ -122,7 +122,7 @@ class VBPR(Backbone):
             return [torch.cat(part, dim=1) for part in zip(*rows, strict=True)]
 
         margins = of_views(asked.ranking_views, [one.ranking for one in done])
-        squares = torch.stack([one.squares for one in done]).sum()
+        squares = sum_of(one.squares for one in done)
         batch = RankingBatch(asked.ranking, margins[self.joint], joint_rows, squares=squares)
         distilled = [one.distillation for one in done if one.distillation is not None]
         return StepOutput(self.losses(batch), margins, of_views(asked.distillation_views, distilled))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
     "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, *_TEAM],
     "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, _POINTER, *_TEAM],
+    "ckd_distil": [_POINTER, *_TEAM],
     "ckd_distinct": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_triples": [ctypes.c_uint64, _POINTER, _POINTER, _INT, _POINTER, *[_INT] * 3, _POINTER, _POINTER],
@@ -32,6 +34,40 @@ _SIGNATURES: dict[str, list[type]] = {
 _RESULTS = {"ckd_distinct": _INT, **dict.fromkeys(("ckd_invert", "ckd_margins", "ckd_triples"), ctypes.c_int)}
 _TRIPLES = 128  # whose squares are one number
 _GROUPS = 16  # of rows, of each of which a linear layer's gradient is summed on its own
+_SAMPLES = 256  # or pairs, whose distillation losses are one number
+
+
+class _Step(ctypes.Structure):
+    """``struct step`` of distil.c."""
+
+    _fields_: ClassVar = [
+        *((name, _INT) for name in ("m", "b", "k")),
+        *((name, _FLOAT) for name in ("rho", "kappa", "temperature")),
+        *((name, ctypes.c_int) for name in ("reweight", "specific", "generic")),
+        *((name, _POINTER) for name in ("joint", "without", "only", "taught", "only_pairs", "taught_pairs", "asked", "asked_pairs")),
+        *((name, _POINTER) for name in ("margin", "h", "effect", "weight", "slope", "slope_pairs", "g", "per_sample", "kd", "sums")),
+    ]
+
+
+class Taught(NamedTuple):
+    """What distillation makes of a step, of M modalities, B samples and K pairs.
+
+    Attributes:
+        kd: the loss, scalar.
+        per_sample: ``(B,)``.
+        margin, specific, effect, weight: ``(M, B)``.
+        generic: ``(M,)``.
+        slopes: derivatives of the loss by the margins of each modality's samples, then by those of its pairs: ``(M * B + M * K,)``.
+    """
+
+    kd: Tensor
+    per_sample: Tensor
+    margin: Tensor
+    specific: Tensor
+    effect: Tensor
+    weight: Tensor
+    generic: Tensor
+    slopes: Tensor
 
 
 def check_rows(index: Tensor, n: int) -> None:
@@ -189,6 +225,38 @@ class Kernels:
         pointers = [tensor.data_ptr() for tensor in (parameter, gradient, *moments)]
         self._library.ckd_adam(*pointers, parameter.numel(), rate, *betas, eps, step, *self._team, torch.get_num_threads())
 
+    def distil(
+        self,
+        joint: Tensor,
+        samples: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+        pairs: tuple[Sequence[Tensor], Sequence[Tensor]],
+        masks: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
+        strengths: tuple[float, float, float],
+        switches: tuple[bool, bool, bool],
+    ) -> Taught:
+        """The distillation loss, its parts and its derivatives.
+
+        Args:
+            joint: margins of the joint view, ``(B,)``, B > 0.
+            samples: margins of ``without m``, of ``only m`` and of the teacher, each of every modality, ``(B,)``.
+            pairs: margins of ``only m`` and of the teacher, each of every modality, ``(K,)``, K > 0.
+            masks: which samples and which pairs the teacher of every modality was asked about, bool; None for all.
+            strengths: rho, kappa and temperature.
+            switches: whether samples are reweighted, and which losses count, the specific and the generic one.
+        """
+        m, b, k = len(samples[0]), len(joint), len(pairs[0][0])
+        sizes = [*[m * b] * 4, m * (b + k), m, b]
+        numbers, kd = joint.new_empty(sum(sizes)), joint.new_empty(())
+        margin, specific, effect, weight, slopes, generic, per_sample = numbers.split(sizes)
+        sums = torch.empty(m * -(-k // _SAMPLES) + (m + 1) * -(-b // _SAMPLES), dtype=torch.double)
+        lists = [_pointers(tensors) for tensors in (*samples, *pairs, *masks)]
+        of_pairs = slopes.data_ptr() + m * b * slopes.element_size()
+        parts = [of.data_ptr() for of in (margin, specific, effect, weight, slopes)]
+        to = *parts, of_pairs, *(of.data_ptr() for of in (generic, per_sample, kd, sums))
+        step = _Step(m, b, k, *strengths, *switches, joint.data_ptr(), *map(ctypes.addressof, lists), *to)
+        self._library.ckd_distil(ctypes.byref(step), *self._team, torch.get_num_threads())
+        return Taught(kd, per_sample, margin.view(m, b), specific.view(m, b), effect.view(m, b), weight.view(m, b), generic, slopes)
+
     def inverted(self, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """The places of an index ``(k,)`` in ascending order of the rows that they name, and where those of each of n rows start, ``(n + 1,)``.
 
@@ -199,6 +267,10 @@ class Kernels:
         if self._library.ckd_invert(index.data_ptr(), len(index), n, places.data_ptr(), starts.data_ptr()):
             check_rows(index, n)
         return places, starts
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (_POINTER * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 @cache

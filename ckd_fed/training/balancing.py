@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckd_fed.backbones.base import Backbone, Triples, View
+from ckd_fed.backbones.base import Backbone, Triples, View, sum_of
 from ckd_fed.config import BalancingConfig
 from ckd_fed.distillation.objective import ObjectiveOutput, PlainObjective
 from ckd_fed.errors import ConfigError
@@ -98,7 +98,7 @@ class GradientModulation(Balancing):
         ratios = scores / others.clamp_min(1e-12)
         values = torch.where(ratios > 1, 1 - torch.tanh(self.alpha * ratios), torch.ones_like(ratios)).tolist()
         self.coefficients = dict(zip(backbone.modalities, values, strict=True))
-        loss = torch.stack(list(output.loss_terms.values())).sum()
+        loss = sum_of(output.loss_terms.values())
         return ObjectiveOutput(loss, output.loss_terms, output.ranking[backbone.joint])
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class ModalityDropout(Balancing):
         margins = torch.stack([output.ranking[view] for view in views])  # (views, B)
         margin = margins.gather(0, which[None]).squeeze(0)
         terms = {**output.loss_terms, "bpr": -F.logsigmoid(margin).mean()}
-        return ObjectiveOutput(torch.stack(list(terms.values())).sum(), terms, output.ranking[backbone.joint])
+        return ObjectiveOutput(sum_of(terms.values()), terms, output.ranking[backbone.joint])
 
     def _draw(self, backbone: Backbone, views: list[View], n: int) -> Tensor:
         """Index of each sample's view, ``(n,)``: independent absences, given that not all are absent."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ckd_fed.backbones.base import Triples
 from ckd_fed.data.triples import StepTriples
+from ckd_fed.distillation.distil import TeacherMargins
 from ckd_fed.distillation.margins import asked_about
-from ckd_fed.distillation.objective import TeacherMargins
 
 AHEAD = 16  # steps; 2 MB of triples and 0.4 MB of margins a modality at the published batch sizes
 

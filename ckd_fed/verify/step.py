@@ -7,7 +7,8 @@ import torch
 from ckd_fed.backbones.base import Backbone
 from ckd_fed.backbones.build import build_backbone
 from ckd_fed.backbones.graph import row_normalised_adjacency
-from ckd_fed.distillation.objective import DistillationObjective, PlainObjective, TeacherMargins
+from ckd_fed.distillation.distil import TeacherMargins
+from ckd_fed.distillation.objective import DistillationObjective, PlainObjective
 from ckd_fed.verify.reference import Reference
 
 _MODALITIES = ("image", "text")

@@ -8,7 +8,8 @@ import torch
 
 from ckd_fed.backbones.base import Triples
 from ckd_fed.backbones.build import build_backbone
-from ckd_fed.distillation.objective import DistillationObjective, PlainObjective, TeacherMargins
+from ckd_fed.distillation.distil import TeacherMargins
+from ckd_fed.distillation.objective import DistillationObjective, PlainObjective
 
 N_USERS, N_ITEMS = 9, 14
 RHO, KAPPA, T, L2 = 0.3, 2.0, 0.5, 1e-2
