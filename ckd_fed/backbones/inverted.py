@@ -37,6 +37,7 @@ class Inverted:
 
     Attributes:
         places: of the index, ascending by what they name, ``(k,)``.
+        bags: of each of :attr:`places`, ``(k,)``.
         starts: where in :attr:`places` the bag of each row starts, and where the last one ends, ``(number of bags + 1,)``.
         rows: numbers of the rows that have a bag, ascending; None for all n.
 
@@ -49,19 +50,20 @@ class Inverted:
         self.rows: Tensor | None = None
         compiled = kernels()
         if n is not None and compiled is not None:
-            self.places, self.starts = compiled.inverted(index.contiguous(), n)
+            self.places, self.bags, self.starts = compiled.inverted(index.contiguous(), n)
             return
         if n is not None:
             check_rows(index, n)
         places = ascending(numbers)
+        bags = ordered = numbers[places]
         if n is None:
-            ordered = numbers[places]
             starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]])) if len(ordered) else np.zeros(1, dtype=np.int64)
             self.rows = torch.from_numpy(ordered[starts[:-1]])
+            bags = np.repeat(np.arange(len(self.rows)), np.diff(starts))
         else:
             starts = np.zeros(n + 1, dtype=np.int64)
             np.cumsum(np.bincount(numbers, minlength=n), out=starts[1:])
-        self.places, self.starts = torch.from_numpy(places), torch.from_numpy(starts)
+        self.places, self.bags, self.starts = torch.from_numpy(places), torch.from_numpy(bags), torch.from_numpy(starts)
 
     def table(self, sums: Tensor, n: int) -> Tensor:
         """A table of n rows, ``(n, d)``, from a row for each bag; sparse where bags are of some rows alone."""
@@ -108,8 +110,7 @@ def compacted(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     flat = torch.cat([index.reshape(-1) for index in indices])
     inverted = Inverted(flat)
     assert inverted.rows is not None
-    rows, sizes = inverted.rows, np.diff(inverted.starts.numpy())
     positions = torch.empty_like(flat)
-    positions[inverted.places] = torch.from_numpy(np.repeat(np.arange(len(rows)), sizes))
+    positions[inverted.places] = inverted.bags
     parts = positions.split([index.numel() for index in indices])
-    return rows, [part.view(index.shape) for part, index in zip(parts, indices, strict=True)]
+    return inverted.rows, [part.view(index.shape) for part, index in zip(parts, indices, strict=True)]

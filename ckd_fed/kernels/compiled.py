@@ -23,12 +23,12 @@ _TEAM = (_POINTER, _POINTER, _COUNT)
 _SIGNATURES: dict[str, list[type]] = {
     "ckd_adam": [*[_POINTER] * 4, _INT, *[_DOUBLE] * 5, *_TEAM],
     "ckd_margins": [_POINTER, _INT, _POINTER, _INT, _INT, *[_POINTER] * 3, _INT, _INT, *[_POINTER] * 3, *_TEAM],
-    "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
+    "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 4, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
     "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, *_TEAM],
     "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, _POINTER, *_TEAM],
     "ckd_distil": [_POINTER, *_TEAM],
     "ckd_distinct": [_POINTER, _INT, _INT, _POINTER, _POINTER],
-    "ckd_invert": [_POINTER, _INT, _INT, _POINTER, _POINTER],
+    "ckd_invert": [_POINTER, _INT, _INT, *[_POINTER] * 3],
     "ckd_triples": [ctypes.c_uint64, _POINTER, _POINTER, _INT, _POINTER, *[_INT] * 3, _POINTER, _POINTER],
 }
 _RESULTS = {"ckd_distinct": _INT, **dict.fromkeys(("ckd_invert", "ckd_margins", "ckd_triples"), ctypes.c_int)}
@@ -139,10 +139,10 @@ class Kernels:
         self, table: Tensor, other: Tensor, bags: Inverted, plus: Tensor, minus: Tensor | None, n: int, ranked: int, margin: Tensor, squares: float
     ) -> Tensor:
         found = table.new_empty((len(bags.starts) - 1, table.shape[1]))
-        rows, starts, places = (None if of is None else of.data_ptr() for of in (bags.rows, bags.starts, bags.places))
+        index = (None if of is None else of.data_ptr() for of in (bags.rows, bags.starts, bags.places, bags.bags))
         of_triples = plus.data_ptr(), None if minus is None else minus.data_ptr(), n, ranked, margin.data_ptr(), 2 * squares
         to = found.data_ptr(), *self._team, torch.get_num_threads()
-        self._library.ckd_gradient(table.data_ptr(), other.data_ptr(), table.shape[1], rows, starts, places, len(found), *of_triples, *to)
+        self._library.ckd_gradient(table.data_ptr(), other.data_ptr(), table.shape[1], *index, len(found), *of_triples, *to)
         return found
 
     def triples(self, base: int, train: Interactions, b: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -257,16 +257,17 @@ class Kernels:
         self._library.ckd_distil(ctypes.byref(step), *self._team, torch.get_num_threads())
         return Taught(kd, per_sample, margin.view(m, b), specific.view(m, b), effect.view(m, b), weight.view(m, b), generic, slopes)
 
-    def inverted(self, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """The places of an index ``(k,)`` in ascending order of the rows that they name, and where those of each of n rows start, ``(n + 1,)``.
+    def inverted(self, index: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The places of an index ``(k,)`` in ascending order of the rows that they name; these rows; and where the places of each of n rows start,
+        ``(n + 1,)``.
 
         Raises:
             IndexError: a row is not among the n.
         """
-        places, starts = torch.empty_like(index), torch.empty(n + 1, dtype=torch.long)
-        if self._library.ckd_invert(index.data_ptr(), len(index), n, places.data_ptr(), starts.data_ptr()):
+        places, rows, starts = torch.empty_like(index), torch.empty_like(index), torch.empty(n + 1, dtype=torch.long)
+        if self._library.ckd_invert(index.data_ptr(), len(index), n, places.data_ptr(), rows.data_ptr(), starts.data_ptr()):
             check_rows(index, n)
-        return places, starts
+        return places, rows, starts
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:

@@ -3,9 +3,10 @@
  * Torch's operations lay out what they gather; at a step's sizes that is more traffic than the tables themselves. Numbers are summed in an
  * order that does not depend on the number of threads.
  */
+#include <string.h>
 #include "pieces.h"
 
-/* TILE * LANES columns of a row's gradient are summed at once, AHEAD triples' rows are fetched before they are read, and threads take TRIPLES triples
+/* TILE * LANES columns of a row are summed at once, AHEAD triples' rows are fetched before they are read, and threads take TRIPLES triples
  * or ROWS rows at a time. */
 enum { TILE = 8, AHEAD = 8, TRIPLES = 128 };
 
@@ -50,7 +51,7 @@ static void margins_work(void *data) {
         int64_t start = chunk * TRIPLES, end = start + TRIPLES < m->n ? start + TRIPLES : m->n;
         double squares = 0;
         for (int64_t t = start; t < end; t++) {
-            if (t + AHEAD < end) {
+            if (t + AHEAD < m->n) {
                 fetch(m->users + m->user[t + AHEAD] * d, d);
                 fetch(m->items + m->first[t + AHEAD] * d, d);
                 fetch(m->items + m->second[t + AHEAD] * d, d);
@@ -82,7 +83,7 @@ int ckd_margins(const float *users, int64_t n_users, const float *items, int64_t
 
 struct gradient {
     const float *table, *other;
-    const int64_t *rows, *starts, *places, *plus, *minus;
+    const int64_t *rows, *starts, *places, *bags, *plus, *minus;
     const float *margin;
     float twice;
     int64_t d, n, triples, ranked;
@@ -90,82 +91,68 @@ struct gradient {
     struct pieces pieces;
 };
 
-/* The end of a tile: most rows are in no ranked triple, and are then not read at all. */
-static inline void store(const struct gradient *g, int64_t seen, const float *own, float *out, int64_t c, int lanes, vec *sum) {
-    if (seen) {
-        float by = g->twice * seen;
-        for (int k = 0; k < lanes; k++) sum[k] += by * load(own + c + k * LANES);
+/* What one place adds to a row, of some columns: by * (plus - minus), or by * plus without a second row; and twice the row itself where it is ranked. */
+static inline __attribute__((always_inline)) void add_columns(float *out, const float *plus, const float *minus, const float *own, float by, float twice,
+                                                              int lanes) {
+    for (int k = 0; k < lanes; k++) {
+        vec of = load(plus + k * LANES);
+        if (minus) of -= load(minus + k * LANES);
+        vec sum = load(out + k * LANES) + by * of;
+        if (own) sum += twice * load(own + k * LANES);
+        *(vec *)(out + k * LANES) = sum;
     }
-    for (int k = 0; k < lanes; k++) *(vec *)(out + c + k * LANES) = sum[k];
 }
 
-/* One tile of columns of one row's gradient. */
-static inline void users_tile(const struct gradient *g, int64_t bag, const float *own, float *out, int64_t c, int lanes) {
-    vec sum[TILE] = {{0}};
-    int64_t seen = 0;
-    for (int64_t p = g->starts[bag]; p < g->starts[bag + 1]; p++) {
-        int64_t t = g->places[p];
-        const float *i = g->other + g->plus[t] * g->d + c, *j = g->other + g->minus[t] * g->d + c;
-        float by = g->margin[t];
-        seen += t < g->ranked;
-        for (int k = 0; k < lanes; k++) sum[k] += by * (load(i + k * LANES) - load(j + k * LANES));
+static inline __attribute__((always_inline)) void add_row(float *out, const float *plus, const float *minus, const float *own, float by, float twice,
+                                                          int64_t d) {
+    int64_t c = 0;
+    for (; c + TILE * LANES <= d; c += TILE * LANES) add_columns(out + c, plus + c, minus ? minus + c : NULL, own ? own + c : NULL, by, twice, TILE);
+    for (; c + LANES <= d; c += LANES) add_columns(out + c, plus + c, minus ? minus + c : NULL, own ? own + c : NULL, by, twice, 1);
+    for (; c < d; c++) {
+        out[c] += by * (minus ? plus[c] - minus[c] : plus[c]);
+        if (own) out[c] += twice * own[c];
     }
-    store(g, seen, own, out, c, lanes, sum);
 }
 
-static inline void items_tile(const struct gradient *g, int64_t bag, const float *own, float *out, int64_t c, int lanes) {
-    vec sum[TILE] = {{0}};
-    int64_t seen = 0;
-    for (int64_t p = g->starts[bag]; p < g->starts[bag + 1]; p++) {
-        int64_t at = g->places[p], t = at < g->triples ? at : at - g->triples;
-        const float *u = g->other + g->plus[t] * g->d + c;
-        float by = at < g->triples ? g->margin[t] : -g->margin[t];
-        seen += t < g->ranked;
-        for (int k = 0; k < lanes; k++) sum[k] += by * load(u + k * LANES);
+/* Place by place and not row by row: most rows have few places, and a processor that guesses wrong where each row ends waits longer than it adds. */
+static inline __attribute__((always_inline)) void add_places(const struct gradient *g, int64_t start, int64_t end, int of_users) {
+    const int64_t d = g->d, first = g->starts[start], last = g->starts[end], all = g->starts[g->n];
+    memset(g->out + start * d, 0, (end - start) * d * sizeof *g->out);
+    for (int64_t p = first; p < last; p++) {
+        if (p + AHEAD < all) {
+            int64_t at = g->places[p + AHEAD], t = of_users || at < g->triples ? at : at - g->triples;
+            fetch(g->other + g->plus[t] * d, d);
+            if (of_users) fetch(g->other + g->minus[t] * d, d);
+        }
+        int64_t at = g->places[p], bag = g->bags[p], t = of_users || at < g->triples ? at : at - g->triples;
+        const float by = t == at ? g->margin[t] : -g->margin[t];
+        const float *plus = g->other + g->plus[t] * d, *minus = of_users ? g->other + g->minus[t] * d : NULL;
+        if (t < g->ranked)
+            add_row(g->out + bag * d, plus, minus, g->table + (g->rows ? g->rows[bag] : bag) * d, by, g->twice, d);
+        else
+            add_row(g->out + bag * d, plus, minus, NULL, by, 0, d);
     }
-    store(g, seen, own, out, c, lanes, sum);
 }
 
 static void gradient_work(void *data) {
     struct gradient *g = data;
-    const int64_t d = g->d;
-    unsigned own_range = number_of(&g->pieces), helped = 0;
-    for (int64_t piece; (piece = take(&g->pieces, own_range, &helped)) >= 0;) {
-        int64_t start = piece * ROWS, end = start + ROWS < g->n ? start + ROWS : g->n, last = g->starts[end];
-        for (int64_t bag = start; bag < end; bag++) {
-            const float *own = g->table + (g->rows ? g->rows[bag] : bag) * d;
-            float *out = g->out + bag * d;
-            for (int64_t p = g->starts[bag] + AHEAD; p < g->starts[bag + 1] + AHEAD && p < last; p++) {
-                int64_t at = g->places[p], t = g->minus || at < g->triples ? at : at - g->triples;
-                fetch(g->other + g->plus[t] * d, d);
-                if (g->minus) fetch(g->other + g->minus[t] * d, d);
-            }
-            int64_t c = 0;
-            for (; c + TILE * LANES <= d; c += TILE * LANES) (g->minus ? users_tile : items_tile)(g, bag, own, out, c, TILE);
-            for (; c + LANES <= d; c += LANES) (g->minus ? users_tile : items_tile)(g, bag, own, out, c, 1);
-            for (; c < d; c++) {
-                float sum = 0;
-                int64_t seen = 0;
-                for (int64_t p = g->starts[bag]; p < g->starts[bag + 1]; p++) {
-                    int64_t at = g->places[p], t = g->minus || at < g->triples ? at : at - g->triples;
-                    float by = t == at ? g->margin[t] : -g->margin[t];
-                    float of = g->other[g->plus[t] * d + c];
-                    seen += t < g->ranked;
-                    sum += by * (g->minus ? of - g->other[g->minus[t] * d + c] : of);
-                }
-                out[c] = seen ? sum + g->twice * seen * own[c] : sum;
-            }
-        }
+    unsigned own = number_of(&g->pieces), helped = 0;
+    for (int64_t piece; (piece = take(&g->pieces, own, &helped)) >= 0;) {
+        int64_t start = piece * ROWS, end = start + ROWS < g->n ? start + ROWS : g->n;
+        if (g->minus)
+            add_places(g, start, end, 1);
+        else
+            add_places(g, start, end, 0);
     }
 }
 
 /* Gradients of one table's rows, of n bags of places. Of users: places are triples, plus and minus their items, other the items' table. Of
- * items: places are triples as first items and, from `triples` on, as second ones; plus are their users, minus is NULL. rows: of each bag, or
- * NULL for all. */
-void ckd_gradient(const float *table, const float *other, int64_t d, const int64_t *rows, const int64_t *starts, const int64_t *places, int64_t n,
-                  const int64_t *plus, const int64_t *minus, int64_t triples, int64_t ranked, const float *margin, float twice, float *out,
-                  team parallel, member number, unsigned threads) {
-    struct gradient g = {table, other, rows, starts, places, plus, minus, margin, twice, d, n, triples, ranked, out, {0}};
+ * items: places are triples as first items and, from `triples` on, as second ones; plus are their users, minus is NULL. bags: of each place; rows: of
+ * each bag, or NULL for all. */
+void ckd_gradient(const float *table, const float *other, int64_t d, const int64_t *rows, const int64_t *starts, const int64_t *places,
+                  const int64_t *bags, int64_t n, const int64_t *plus, const int64_t *minus, int64_t triples, int64_t ranked, const float *margin,
+                  float twice, float *out, team parallel, member number, unsigned threads) {
+    struct gradient g = {table, other, rows, starts, places, bags, plus, minus, margin, twice, d, n, triples, ranked, out, {0}};
     run(gradient_work, &g, &g.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
 }
 
@@ -183,15 +170,20 @@ int64_t ckd_distinct(const int64_t *index, int64_t k, int64_t n, char *seen, int
     return count;
 }
 
-/* Places of an index in ascending order of what they name; starts: n + 1, where each of n rows' begin. 0, or -1 where one is not below n. */
-int ckd_invert(const int64_t *index, int64_t k, int64_t n, int64_t *places, int64_t *starts) {
+/* Places of an index in ascending order of what they name; rows: what each names; starts: n + 1, where each of n rows' begin. 0, or -1 where one is not
+ * below n. */
+int ckd_invert(const int64_t *index, int64_t k, int64_t n, int64_t *places, int64_t *rows, int64_t *starts) {
     for (int64_t r = 0; r <= n; r++) starts[r] = 0;
     for (int64_t p = 0; p < k; p++) {
         if (!within(index[p], n)) return -1;
         starts[index[p] + 1]++;
     }
     for (int64_t r = 1; r <= n; r++) starts[r] += starts[r - 1];
-    for (int64_t p = 0; p < k; p++) places[starts[index[p]]++] = p;
+    for (int64_t p = 0; p < k; p++) {
+        int64_t to = starts[index[p]]++;
+        places[to] = p;
+        rows[to] = index[p];
+    }
     for (int64_t r = n; r > 0; r--) starts[r] = starts[r - 1];
     starts[0] = 0;
     return 0;
