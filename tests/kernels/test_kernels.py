@@ -15,6 +15,7 @@ from ckd_fed.backbones.block_margins import block_margins, composed_margins, sum
 from ckd_fed.backbones.gather import Gather
 from ckd_fed.backbones.inverted import Inverted, distinct
 from ckd_fed.backbones.projection import project
+from ckd_fed.distillation import distil as distil_module
 from ckd_fed.kernels import Kernels, build, kernels
 
 N_USERS, N_ITEMS, B, K = 300, 200, 150, 700
@@ -33,7 +34,7 @@ def without_kernels(monkeypatch):
     """A machine without a C compiler, from the call on."""
 
     def take_away():
-        for module in (block_margins_module, inverted_module, projection_module):
+        for module in (block_margins_module, distil_module, inverted_module, projection_module):
             monkeypatch.setattr(module, "kernels", lambda: None)
 
     return take_away
@@ -129,6 +130,7 @@ def test_an_inverted_index_with_and_without_kernels(generator, without_kernels, 
     without_kernels()
     expected = Inverted(index, 501)
     assert torch.equal(compiled.places, expected.places)
+    assert torch.equal(compiled.bags, expected.bags)
     assert torch.equal(compiled.starts, expected.starts)
 
 
