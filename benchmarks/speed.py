@@ -5,8 +5,9 @@
     python benchmarks/speed.py --quick
 
 For every case both sides start from the same parameters; their losses on the same triples are compared first (relative difference,
-which must be under 1e-5; under 1e-3 with ``--features bfloat16``, which ours alone has then), then steps are timed in turns, sampling and
-the teachers' margins included, and the median round counts.
+which must be under 1e-5; under 1e-3 with ``--features bfloat16``, which ours alone has then), then rounds of steps are timed in turns, sampling
+and the teachers' margins included. A time is that of the median round; a ratio is the median of the rounds' own, since a machine may be faster in
+one round than in the next.
 ``naive.py`` is the published manner. The rows of an epoch and of the whole recipe (a teacher a modality, the plain and the distilled student,
 ``--epochs`` each, validated as configured) are estimated from the steps and evaluations above them. With ``--memory`` each side of each case
 also runs in a process of its own, whose peak resident memory is printed (Linux). ``--profile`` prints where our distillation steps spend
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import naive
 import numpy as np
@@ -144,20 +146,32 @@ class Case:
         return abs(ours - theirs) / abs(theirs)
 
 
-def in_turns(theirs: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median seconds of each side, warmed up once and then called in turns."""
-    sides = (theirs, ours)
-    seconds: list[list[float]] = [[], []]
-    for number in range(rounds + 1):
-        for side, times in zip(sides, seconds, strict=True):
-            started = time.perf_counter()
-            side()
-            if number:
-                times.append(time.perf_counter() - started)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+class Turns(NamedTuple):
+    """Seconds of the published manner and of ours, each of the median round, and the median ratio of the two in one round."""
+
+    theirs: float
+    ours: float
+    ratio: float
+
+    def scaled(self, theirs: float, ours: float) -> Turns:
+        """With the seconds of each side times a factor."""
+        return Turns(self.theirs * theirs, self.ours * ours, self.ratio * theirs / ours)
 
 
-def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, float, float, float | None]]:
+def in_turns(theirs: Callable[[], object], ours: Callable[[], object], rounds: int) -> Turns:
+    """Both sides, warmed up once and then called in turns."""
+    seconds: list[tuple[float, float]] = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        theirs()
+        between = time.perf_counter()
+        ours()
+        seconds.append((between - started, time.perf_counter() - between))
+    slow, fast = zip(*seconds[1:], strict=True)
+    return Turns(statistics.median(slow), statistics.median(fast), statistics.median(one / other for one, other in seconds[1:]))
+
+
+def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, Turns, float | None]]:
     """Rows of one view's evaluation and of a validation of three views, scaled from some users to all where fewer are asked for."""
     dataset, trainer = case.dataset, case.ours
     case.model.load_state_dict(trainer.backbone.state_dict())
@@ -174,9 +188,9 @@ def evaluation(case: Case, rounds: int, users: int) -> list[tuple[str, float, fl
         ("evaluation, joint", lambda: one(dataset.modalities), lambda: trainer.rank(dataset.test)),
         ("evaluation, all views", lambda: [one(present) for _, present in views], lambda: trainer.diagnose(dataset.test)),
     ):
-        slow, fast = in_turns(theirs, ours, rounds)
+        turns = in_turns(theirs, ours, rounds)
         difference = abs(one(dataset.modalities) - trainer.rank(dataset.test).compute()["recall@20"]) if scale == 1 else None
-        rows.append((name, slow * scale, fast, difference))
+        rows.append((name, turns.scaled(scale, 1), difference))
     return rows
 
 
@@ -185,21 +199,21 @@ def cells(slow: float, fast: float) -> str:
     return f"{slow / 60:.1f} min | {fast / 60:.1f} min" if fast >= 60 else f"{1000 * slow:.1f} | {1000 * fast:.1f}"
 
 
-def estimated(case: Case, seconds: dict[str, tuple[float, float]], epochs: int) -> list[tuple[str, float, float]]:
+def estimated(case: Case, seconds: dict[str, Turns], epochs: int) -> list[tuple[str, Turns]]:
     """Rows of a distillation epoch and of the whole recipe, from the seconds of both sides for each step and evaluation."""
     steps = case.ours.stream.steps_per_epoch
     validations = epochs // case.config.training.validate_every
     whole = [0.0, 0.0]
-    for name, sides in seconds.items():
+    for name, turns in seconds.items():
         if name.startswith("evaluation"):  # a teacher has one view to validate, each of the two students has all
             times = validations * (len(case.dataset.modalities) if name == "evaluation, joint" else 2)
         else:
             times = epochs * steps
-        whole = [total + times * one for total, one in zip(whole, sides, strict=True)]
+        whole = [total + times * one for total, one in zip(whole, turns, strict=False)]
     distilled = seconds["distilled step"]
     return [
-        (f"distilled epoch of {steps} steps, estimated", steps * distilled[0], steps * distilled[1]),
-        (f"whole recipe of {epochs} epochs each, estimated", whole[0], whole[1]),
+        (f"distilled epoch of {steps} steps, estimated", distilled.scaled(steps, steps)),
+        (f"whole recipe of {epochs} epochs each, estimated", Turns(whole[0], whole[1], whole[0] / whole[1])),
     ]
 
 
@@ -215,8 +229,8 @@ def catalogue_products(case: Case) -> float:
     for m in case.dataset.modalities:
         features = case.model.get_buffer(f"features_{m}")
         weight, gradient = torch.randn(width, features.shape[1]), torch.randn(len(features), width)
-        forward, backward = in_turns(lambda f=features, w=weight: f @ w.T, lambda f=features, g=gradient: g.T @ f, 5)  # type: ignore[misc]
-        total += forward + backward
+        products = in_turns(lambda f=features, w=weight: f @ w.T, lambda f=features, g=gradient: g.T @ f, 5)  # type: ignore[misc]
+        total += products.theirs + products.ours
     return total
 
 
@@ -280,14 +294,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     rows = []
 
-    def show(name: str, slow: float, fast: float, difference: float | None = None, memory: str = "") -> None:
-        rows.append({"case": name, "published_ms": 1000 * slow, "ours_ms": 1000 * fast, "difference": difference, "memory": memory})
+    def show(name: str, turns: Turns, difference: float | None = None, memory: str = "") -> None:
+        slow, fast, ratio = turns
+        rows.append({"case": name, "published_ms": 1000 * slow, "ours_ms": 1000 * fast, "ratio": ratio, "difference": difference, "memory": memory})
         same = "" if difference is None else f"{difference:.1e}"
-        print(f"| {name} | {cells(slow, fast)} | {slow / fast:.1f} | {same} | {memory} |", flush=True)
+        print(f"| {name} | {cells(slow, fast)} | {ratio:.1f} | {same} | {memory} |", flush=True)
 
     notes = []
     for backbone in arguments.backbones:
-        seconds: dict[str, tuple[float, float]] = {}
+        seconds: dict[str, Turns] = {}
         roles = [(role, modality) for role in arguments.roles for modality in (dataset.modalities if role == "teacher" else [""])]
         for role, modality in roles:
             name = f"{modality} {role} step".lstrip()
@@ -296,13 +311,13 @@ def main() -> None:
             difference = case.difference()
             if not difference < SAME[arguments.features]:
                 raise SystemExit(f"{case.name}: the losses differ by {difference:.1e}; the two sides do not compute the same")
-            slow, fast = in_turns(lambda c=case: c.train_naive(arguments.steps), lambda c=case: c.train_ours(arguments.steps), arguments.rounds)  # type: ignore[misc]
-            seconds[name] = slow / arguments.steps, fast / arguments.steps
+            turns = in_turns(lambda c=case: c.train_naive(arguments.steps), lambda c=case: c.train_ours(arguments.steps), arguments.rounds)  # type: ignore[misc]
+            seconds[name] = turns.scaled(1 / arguments.steps, 1 / arguments.steps)
             memory = " / ".join(f"{peak_memory(arguments, case, side):.0f}" for side in ("naive", "ours")) if arguments.memory else ""
-            show(case.name, *seconds[name], difference, memory)
+            show(case.name, seconds[name], difference, memory)
             if role == "distilled":
                 for row in evaluation(case, min(2, arguments.rounds), 2_000):
-                    seconds[row[0]] = row[1:3]
+                    seconds[row[0]] = row[1]
                     show(f"{backbone} {row[0]}", *row[1:])
                 if set(arguments.roles) == set(ROLES):
                     for whole in estimated(case, seconds, arguments.epochs):
