@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckd_fed.backbones.inverted import Inverted, compacted, distinct
+from ckd_fed.kernels import kernels
 
 if TYPE_CHECKING:
     from ckd_fed.backbones.base import Triples
@@ -24,6 +25,7 @@ Pairs = tuple[Tensor, Tensor]
 T = TypeVar("T")
 SPARSE_FROM = 1 << 21  # numbers of a table: 8 MB in float32
 SPARSE_ROWS = 24  # a row that is read for so many in the table
+_SOONER = 3  # so many times, where compiled kernels move the rows
 
 
 class Rows(NamedTuple):
@@ -92,7 +94,8 @@ class Index:
 
     def kind(self, table: Tensor) -> Kind:
         """Of a table's gradient."""
-        sparse = table.is_leaf and table.numel() >= SPARSE_FROM and len(table) >= SPARSE_ROWS * len(self)
+        sooner = _SOONER if kernels() and table.dtype == torch.float32 else 1
+        sparse = table.is_leaf and sooner * table.numel() >= SPARSE_FROM and sooner * len(table) >= SPARSE_ROWS * len(self)
         return Kind(len(table), table.dtype, sparse)
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:

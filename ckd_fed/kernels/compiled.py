@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 _POINTER, _INT, _FLOAT, _DOUBLE, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_uint
 _TEAM = (_POINTER, _POINTER, _COUNT)
 _SIGNATURES: dict[str, list[type]] = {
-    "ckd_adam": [*[_POINTER] * 4, _INT, *[_DOUBLE] * 5, *_TEAM],
+    "ckd_adam": [*[_POINTER] * 4, _INT, _INT, _POINTER, *[_DOUBLE] * 5, *_TEAM],
     "ckd_margins": [_POINTER, _INT, _POINTER, _INT, _INT, *[_POINTER] * 3, _INT, _INT, *[_POINTER] * 3, *_TEAM],
+    "ckd_drift": [*[_POINTER] * 3, _INT, _POINTER, *[_INT] * 3, *[_POINTER] * 3, _INT, _POINTER, _POINTER, *_TEAM],
     "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 4, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
     "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, *_TEAM],
     "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, _POINTER, *_TEAM],
@@ -212,18 +213,55 @@ class Kernels:
         return found[:count]
 
     def adam(
-        self, parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: float, rate: float, betas: tuple[float, float], eps: float
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        moments: tuple[Tensor, Tensor],
+        step: float,
+        rate: float,
+        betas: tuple[float, float],
+        eps: float,
+        rows: Tensor | None = None,
     ) -> None:
         """Adam's update, in place.
 
         Args:
-            parameter, gradient: of any shape.
+            parameter, gradient: of any shape; of a table's rows the gradient is ``(n, d)``.
             moments: exponential averages of the gradient and of its square.
             step: number of the update, from 1.
             rate, betas, eps: of Adam.
+            rows: which alone are moved, each once, ``(n,)``; None for all.
         """
         pointers = [tensor.data_ptr() for tensor in (parameter, gradient, *moments)]
-        self._library.ckd_adam(*pointers, parameter.numel(), rate, *betas, eps, step, *self._team, torch.get_num_threads())
+        which = (parameter.numel(), 0, None) if rows is None else (len(rows), parameter.shape[1], rows.data_ptr())
+        self._library.ckd_adam(*pointers, *which, rate, *betas, eps, step, *self._team, torch.get_num_threads())
+
+    def drift(
+        self,
+        tables: tuple[Tensor, Tensor, Tensor],
+        last: Tensor,
+        first: int,
+        step: int,
+        nodes: np.ndarray,
+        products: np.ndarray,
+        kept: tuple[np.ndarray, np.ndarray],
+        rows: Tensor | None = None,
+    ) -> None:
+        """What Adam does to rows in the steps that they missed, in place; see :mod:`ckd_fed.training.drift`.
+
+        Args:
+            tables: a parameter and its moments, ``(n, d)``.
+            last: the step after which each row is as it stands, ``(n,)`` int64, from first to step; then ``step``.
+            first, step: the first step of which there are nodes, and the last one that was taken.
+            nodes, products: x times epsilon and w x of each step from the first on, ``(steps, 4 or 6)`` float32.
+            kept: what k steps leave of each moment, by k, ``(steps,)`` float32.
+            rows: which alone are moved, each once, ``(k,)``; None for all.
+        """
+        pointers = [table.data_ptr() for table in tables]
+        which = (None, len(tables[0])) if rows is None else (rows.data_ptr(), len(rows))
+        known = nodes.ctypes.data, products.ctypes.data, nodes.shape[1], *(of.ctypes.data for of in kept)
+        to = first, step, last.data_ptr(), *known, *self._team, torch.get_num_threads()
+        self._library.ckd_drift(*pointers, tables[0].shape[1], *which, *to)
 
     def distil(
         self,

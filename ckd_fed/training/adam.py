@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ckd_fed.kernels import kernels
-from ckd_fed.training.drift import BETAS, EPS, FROM_STEP, Drift
+from ckd_fed.training.behind import Behind, behind_of
+from ckd_fed.training.drift import BETAS, EPS, FROM_STEP
+from ckd_fed.training.fused import Moved, fused_adam
 
-_Rows = tuple[Tensor, Tensor, Tensor]  # a parameter's and its two moments'
 _KEYS = ("step", "exp_avg", "exp_avg_sq")
 _LARGE = 1 << 17  # numbers of a parameter that is worth a call of its own: half a megabyte in float32
 
@@ -47,7 +48,7 @@ class Adam:
         self._parameters = dict(module.named_parameters())
         self._row_tables = frozenset(row_tables)
         self._state: dict[str, dict[str, Tensor]] = {}
-        self._behind: dict[str, _Behind] = {}
+        self._behind: dict[str, Behind] = {}
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -90,7 +91,7 @@ class Adam:
         parameter.grad = None
 
     def _step(self, given: Mapping[str, Tensor]) -> None:
-        whole: dict[float, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}  # by learning rate
+        whole: dict[float, list[Moved]] = {}  # by learning rate
         for name, parameter in given.items():
             if name not in self._state:
                 zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -103,58 +104,38 @@ class Adam:
                 continue
             self._settle(name)
             rate = self._rates.get(name, self.learning_rate)
-            whole.setdefault(rate, []).append((parameter, gradient.to_dense() if gradient.is_sparse else gradient, state))
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            whole.setdefault(rate, []).append((parameter, dense, state["exp_avg"], state["exp_avg_sq"], state["step"]))
         for rate, updates in whole.items():
             others = [update for update in updates if not self._compiled(*update, rate)]
             if others:
-                self._update(others, rate)
+                fused_adam(others, rate)
 
     @staticmethod
-    def _compiled(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], rate: float) -> bool:
+    def _compiled(parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, rate: float) -> bool:
         """Whether the update was one for the compiled kernel, which then made it."""
-        moments, compiled = (state["exp_avg"], state["exp_avg_sq"]), kernels()
-        tables = (parameter, gradient, *moments)
+        compiled, tables = kernels(), (parameter, gradient, exp_avg, exp_avg_sq)
         if (
             compiled is None
             or parameter.numel() < _LARGE
             or not all(table.device.type == "cpu" and table.dtype == torch.float32 and table.is_contiguous() for table in tables)
         ):
             return False
-        compiled.adam(parameter, gradient, moments, float(state["step"].add_(1)), rate, BETAS, EPS)
+        compiled.adam(parameter, gradient, (exp_avg, exp_avg_sq), float(step.add_(1)), rate, BETAS, EPS)
         torch.autograd.graph.increment_version(parameter)  # so that a backward pass that still needs what it was says so
         return True
 
-    def _update(self, given: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]], rate: float) -> None:
-        steps = [state["step"] for _, _, state in given]
-        torch._foreach_add_(steps, 1) if len(steps) > 1 else steps[0].add_(1)
-        torch._fused_adam_(
-            [parameter for parameter, _, _ in given],
-            [gradient for _, gradient, _ in given],
-            [state["exp_avg"] for _, _, state in given],
-            [state["exp_avg_sq"] for _, _, state in given],
-            [],
-            steps,
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=rate,
-            weight_decay=0.0,
-            eps=EPS,
-            maximize=False,
-        )
-
     def _step_of_rows(self, name: str, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
         if name not in self._behind:
-            self._behind[name] = _Behind(self.learning_rate, state["step"], (parameter, state["exp_avg"], state["exp_avg_sq"]))
+            tables = parameter.detach(), state["exp_avg"], state["exp_avg_sq"]
+            self._behind[name] = behind_of(self.learning_rate, int(state["step"]), tables)
         behind = self._behind[name]
         if behind.caught_up(gradient._indices()[0]):
             gradient._coalesced_(True)  # they are ascending and each once, of which autograd keeps no note
         gradient = gradient.coalesce()
-        rows = behind.current(gradient.indices()[0])
-        if rows is None:
+        if not behind.take(gradient.indices()[0], gradient.values(), state["step"]):
             raise RuntimeError(f"rows of {name} were read while behind; call catch_up with them before a step reads them")
-        self._update([(rows[0], gradient.values(), {"step": state["step"], "exp_avg": rows[1], "exp_avg_sq": rows[2]})], self.learning_rate)
-        behind.stepped(gradient.indices()[0], rows)
+        torch.autograd.graph.increment_version(parameter)
 
     @torch.no_grad()
     def catch_up(self, read: Mapping[str, Tensor]) -> None:
@@ -201,67 +182,3 @@ class Adam:
             found[name] = {"step": named[f"{name}/step"].to(parameter.device, torch.float32, copy=True), **moments}
         self._state = found
         self._behind = {}
-
-
-class _Behind:
-    """A table, on the CPU, of which rows may be behind.
-
-    Args:
-        learning_rate: of every step.
-        step: the last one.
-        tables: the parameter and its moments, all as that step left them.
-    """
-
-    def __init__(self, learning_rate: float, step: Tensor, tables: _Rows) -> None:
-        self._drift = Drift(learning_rate, int(step))
-        self._tables = tuple(table.detach() for table in tables)
-        self._last = torch.full((len(tables[0]),), int(step), dtype=torch.int64)  # the step after which each row is as it stands
-        self._open: tuple[Tensor, _Rows] | None = None  # rows caught up, of which only the parameter is written yet: a step is to follow
-
-    def _gather(self, rows: Tensor) -> _Rows:
-        parameter, exp_avg, exp_avg_sq = (table.index_select(0, rows) for table in self._tables)
-        return parameter, exp_avg, exp_avg_sq
-
-    @staticmethod
-    def _scatter(table: Tensor, rows: Tensor, new: Tensor) -> None:
-        table.numpy()[rows.numpy()] = new.numpy()  # a third of the time of torch's index_copy_, in tables far larger than the cache
-
-    def _close(self) -> None:
-        if self._open is not None:
-            rows, new = self._open
-            self._write(rows, new)
-
-    def _write(self, rows: Tensor, new: _Rows) -> None:
-        for table, values in zip(self._tables, new, strict=True):
-            self._scatter(table, rows, values)
-        self._last[rows] = self._drift.step
-        self._open = None
-
-    def catch_up(self, rows: Tensor) -> None:
-        """Move on the rows, ascending and each once; a step is to follow."""
-        self._close()
-        new = self._gather(rows)
-        self._drift.apply(*new, self._last[rows])
-        self._scatter(self._tables[0], rows, new[0])
-        self._open = rows, new
-
-    def caught_up(self, rows: Tensor) -> bool:
-        """Whether these are the rows that were caught up for this step."""
-        return self._open is not None and torch.equal(self._open[0], rows)
-
-    def current(self, rows: Tensor) -> _Rows | None:
-        """The rows as the last step left them; None where some are not as far."""
-        if self._open is not None and self.caught_up(rows):
-            return self._open[1]
-        self._close()
-        return self._gather(rows) if bool((self._last[rows] == self._drift.step).all()) else None
-
-    def stepped(self, rows: Tensor, new: _Rows) -> None:
-        """A step was taken, and made these of the rows."""
-        self._drift.advance()
-        self._write(rows, new)
-
-    def settle(self) -> None:
-        """Bring the whole table up to date."""
-        self._close()
-        self._drift.apply(self._tables[0], self._tables[1], self._tables[2], self._last)

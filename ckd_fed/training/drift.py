@@ -20,15 +20,38 @@ test holds it to that); what is added to a parameter is smaller than itself by o
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ckd_fed.kernels import Kernels
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 FROM_STEP = 100  # before it the g of one sum differ too much
 _LASTS = 160  # steps for which momentum moves a row
 _BLOCK = 1 << 16  # numbers of a table that are worked on at a time, so that they stay in the cache
+
+
+@lru_cache(maxsize=16)
+def _terms(learning_rate: float, step: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a row whose last step was this one the n nodes x, and by the number of steps after it the sums w x, ``(_LASTS + 1, n)``.
+
+    Found once for all tables that take the same steps.
+    """
+    j = np.arange(1, _LASTS + 1, dtype=np.float64)
+    c = learning_rate * BETAS[0] ** j / (1 - BETAS[0] ** (step + j))
+    g = np.sqrt((1 - BETAS[1] ** (step + j)) / BETAS[1] ** j)
+    nodes = (g[-1] + g[0]) / 2 + (g[-1] - g[0]) / 2 * np.cos(np.pi * (2 * np.arange(n) + 1) / (2 * n))
+    itself = np.eye(n, dtype=bool)
+    factors = np.where(itself, 1.0, (g[:, None, None] - nodes) / (nodes[:, None] - nodes + itself))  # (_LASTS, i, other node)
+    sums = np.zeros((_LASTS + 1, n))
+    np.cumsum(c[:, None] * factors.prod(2), axis=0, out=sums[1:])
+    return nodes, sums * nodes
 
 
 class Drift:
@@ -50,6 +73,7 @@ class Drift:
         self._first = self.step = step
         # What a row needs whose last step was s, by s counted from the first: x, and w x for the steps from there to now.
         self._nodes, self._products = np.empty((256, self._n)), np.empty((256, self._n))
+        self._narrow: tuple[np.ndarray, ...] = ()  # for the kernel, in float32: x times epsilon, w x, and by k what k steps leave of each moment
         self._sums = np.zeros((_LASTS + 1, _LASTS + 1, self._n))  # of the last s, in turn: w x by the number of steps
         self._add()
 
@@ -62,16 +86,35 @@ class Drift:
         at = self.step - self._first
         if at == len(self._nodes):
             self._nodes, self._products = (np.concatenate([known, np.empty_like(known)]) for known in (self._nodes, self._products))
-        j = np.arange(1, _LASTS + 1, dtype=np.float64)
-        c = self._learning_rate * BETAS[0] ** j / (1 - BETAS[0] ** (self.step + j))
-        g = np.sqrt((1 - BETAS[1] ** (self.step + j)) / BETAS[1] ** j)
-        nodes = (g[-1] + g[0]) / 2 + (g[-1] - g[0]) / 2 * np.cos(np.pi * (2 * np.arange(self._n) + 1) / (2 * self._n))
-        itself = np.eye(self._n, dtype=bool)
-        factors = np.where(itself, 1.0, (g[:, None, None] - nodes) / (nodes[:, None] - nodes + itself))  # (_LASTS, i, other node)
-        self._nodes[at] = nodes
-        self._sums[at % (_LASTS + 1), 1:] = np.cumsum(c[:, None] * factors.prod(2), axis=0) * nodes
+        self._nodes[at], self._sums[at % (_LASTS + 1)] = _terms(self._learning_rate, self.step, self._n)
         lasts = np.arange(max(0, at - _LASTS), at + 1)
         self._products[lasts] = self._sums[lasts % (_LASTS + 1), at - lasts]
+        if self._narrow:
+            self._narrow_down(lasts[0])
+
+    def _narrow_down(self, start: int) -> None:
+        """The kernel's numbers of all steps, of which those before one are known."""
+        if not self._narrow or len(self._narrow[0]) != len(self._nodes):
+            n, start = len(self._nodes), 0
+            kept = (np.power(beta, np.arange(n)).astype(np.float32) for beta in BETAS)
+            self._narrow = np.empty((n, self._n), dtype=np.float32), np.empty((n, self._n), dtype=np.float32), *kept
+        these = slice(start, self.step - self._first + 1)
+        np.multiply(self._nodes[these], EPS, out=self._narrow[0][these], casting="same_kind")
+        self._narrow[1][these] = self._products[these]
+
+    def apply_compiled(self, compiled: Kernels, tables: tuple[Tensor, Tensor, Tensor], last: Tensor, rows: Tensor | None = None) -> None:
+        """As :meth:`apply` by the compiled kernel, of some rows of tables or of all, in place.
+
+        Args:
+            compiled: the kernels.
+            tables: a parameter and its moments, ``(n, d)``, float32 and contiguous.
+            last: the step after which each row is as it stands, ``(n,)``; then the last one of those moved.
+            rows: numbers of rows, each once, ``(k,)``; None for all.
+        """
+        if not self._narrow:
+            self._narrow_down(0)
+        nodes, products, *kept = self._narrow
+        compiled.drift(tables, last, self._first, self.step, nodes, products, (kept[0], kept[1]), rows)
 
     def apply(self, parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last: Tensor) -> None:
         """Bring rows to where the last step left them.

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ckd_fed.backbones import gather
 from ckd_fed.config import resolve
 from ckd_fed.data.locate import open_dataset
+from ckd_fed.kernels import kernels
+from ckd_fed.training import behind
 from ckd_fed.training.adam import Adam
 from ckd_fed.training.build import build_trainer
 from ckd_fed.training.drift import BETAS, EPS, FROM_STEP, Drift
@@ -88,6 +90,77 @@ def sparse(monkeypatch):
     monkeypatch.setattr(gather, "SPARSE_FROM", 0)
 
 
+@pytest.fixture(params=[True, False], ids=["kernels", "no kernels"])
+def with_and_without_kernels(request, monkeypatch):
+    """Of float32; tables of float64 are moved by torch's operations either way."""
+    if not request.param:
+        monkeypatch.setattr(behind, "kernels", lambda: None)
+    elif kernels() is None:
+        pytest.skip("this machine compiles no kernels")
+
+
+@pytest.mark.skipif(kernels() is None, reason="this machine compiles no kernels")
+@pytest.mark.parametrize("step", [FROM_STEP, 2000], ids=["6 nodes", "4 nodes"])
+@pytest.mark.parametrize("width", [1, 7, 64, 100])
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
+def test_the_kernel_moves_rows_as_torchs_operations_do(step, width, some):
+    generator = torch.Generator().manual_seed(2)
+    n = 500
+    given = [
+        torch.randn(n, width, generator=generator),
+        1e-3 * torch.randn(n, width, generator=generator),
+        torch.rand(n, width, generator=generator) ** 9,
+    ]
+    drift = Drift(RATE, step)
+    for _ in range(300):  # more than the 256 that there is room for at first
+        drift.advance()
+    last = step + torch.randint(0, 301, (n,), generator=generator)
+    rows = torch.arange(0, n, 3) if some else torch.arange(n)
+    expected, before, seen = [table.clone() for table in given], torch.get_num_threads(), []
+    moved = [table[rows] for table in expected]
+    drift.apply(moved[0], moved[1], moved[2], last[rows])
+    for table, of_rows in zip(expected, moved, strict=True):
+        table[rows] = of_rows
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found, when = [table.clone() for table in given], last.clone()
+            drift.apply_compiled(kernels(), (found[0], found[1], found[2]), when, rows if some else None)
+            assert torch.equal(when, last.scatter(0, rows, drift.step))
+            seen.append(found)
+    finally:
+        torch.set_num_threads(before)
+    for found in seen:
+        assert all(map(torch.equal, found, seen[0]))
+    for table, wanted, near in zip(seen[0], expected, (1e-6, 0, 0), strict=True):
+        torch.testing.assert_close(table, wanted, rtol=1e-6, atol=near)
+    changes = [table - was for table, was in zip(seen[0], given, strict=True)]
+    torch.testing.assert_close(changes[0], expected[0] - given[0], rtol=1e-3, atol=1e-6)
+    assert changes[0].abs().max() > 1e-3
+
+
+@pytest.mark.skipif(kernels() is None, reason="this machine compiles no kernels")
+@pytest.mark.parametrize("width", [3, 64, 300])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_are_moved_to_the_bits_of_a_table_of_them(width, threads):
+    generator, before = torch.Generator().manual_seed(3), torch.get_num_threads()
+    parameter, exp_avg, exp_avg_sq = (torch.rand(400, width, generator=generator) for _ in range(3))
+    rows = torch.randperm(400, generator=generator)[:130].sort().values
+    gradient = torch.randn(130, width, generator=generator)
+    found, expected = ([table.clone() for table in (parameter, exp_avg, exp_avg_sq)] for _ in range(2))
+    laid_out = [table[rows] for table in expected]
+    try:
+        torch.set_num_threads(threads)
+        kernels().adam(found[0], gradient, (found[1], found[2]), 7, RATE, BETAS, EPS, rows)
+        kernels().adam(laid_out[0], gradient, (laid_out[1], laid_out[2]), 7, RATE, BETAS, EPS)
+    finally:
+        torch.set_num_threads(before)
+    for table, of_rows, was in zip(expected, laid_out, (parameter, exp_avg, exp_avg_sq), strict=True):
+        table[rows] = of_rows
+        assert not torch.equal(table, was)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("settle_every", [0, 37])
 def test_a_table_moved_row_by_row_is_the_one_moved_whole(sparse, settle_every):
     steps = batches(700)
@@ -101,14 +174,14 @@ def test_a_table_moved_row_by_row_is_the_one_moved_whole(sparse, settle_every):
         assert torch.allclose(all_of_it.state()[key], optimizer.state()[key], rtol=1e-6, atol=1e-16), key
 
 
-def test_in_float32_it_is_as_near_to_float64_as_the_whole_table_is(sparse):
+def test_in_float32_it_is_as_near_to_float64_as_the_whole_table_is(sparse, with_and_without_kernels):
     steps = batches(700)
     exact, _ = trained(torch.float64, steps, rows=False)
     off = {rows: (trained(torch.float32, steps, rows=rows)[0].rows - exact.rows).abs().mean() for rows in (False, True)}
     assert off[True] < 1.5 * off[False] < 1e-4
 
 
-def test_rows_that_were_behind_when_they_were_read_are_refused(sparse):
+def test_rows_that_were_behind_when_they_were_read_are_refused(sparse, with_and_without_kernels):
     module = Table(torch.float32)
     optimizer = Adam(module, RATE, ["rows"])
     for number, index in enumerate(batches(FROM_STEP + 2)):
@@ -116,11 +189,31 @@ def test_rows_that_were_behind_when_they_were_read_are_refused(sparse):
         module.loss(index).backward()
         if number <= FROM_STEP:
             optimizer.step()
+    before = module.rows.detach().clone()
     with pytest.raises(RuntimeError, match="rows of rows were read while behind"):
         optimizer.step()
+    assert torch.equal(module.rows, before)
 
 
-def test_a_state_is_of_the_last_step_and_training_goes_on_from_it(sparse):
+def test_rows_that_were_caught_up_for_nothing(sparse, with_and_without_kernels):
+    """Nothing was done with them; the next step is of others."""
+    steps = batches(FROM_STEP + 60)
+    plain, optimizer = trained(torch.float32, steps, rows=True)
+    other = Table(torch.float32)
+    by = Adam(other, RATE, ["rows"])
+    for number, index in enumerate(steps):
+        if number % 2:
+            by.catch_up({"rows": torch.arange(0, 400, 5)})
+        by.catch_up({"rows": index.unique()})
+        by.zero_grad()
+        other.loss(index).backward()
+        by.step()
+    by.settle()
+    torch.testing.assert_close(other.rows, plain.rows, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(by.state()["rows/exp_avg"], optimizer.state()["rows/exp_avg"], rtol=1e-5, atol=1e-12)
+
+
+def test_a_state_is_of_the_last_step_and_training_goes_on_from_it(sparse, with_and_without_kernels):
     steps = batches(300)
     module, optimizer = trained(torch.float32, steps[:200], rows=True)
     other = Table(torch.float32)
