@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckd_fed.kernels import kernels
+from ckd_fed.kernels import check_rows, kernels
 
 BLOCK = 1 << 22  # bytes of a block of features
 NARROW = 512  # inputs or outputs, at most, of a linear layer for the compiled kernel
@@ -35,17 +35,21 @@ def project(features: Tensor, linear: nn.Module, rows: Callable[[], Tensor] | No
         ``(..., linear.out_features)``, of the layer's type. Rows that nobody reads may be anything, and may have no gradient but 0.
     """
     assert isinstance(linear, nn.Linear)
-    if _narrow(features, linear):
-        narrow: Tensor = _Narrow.apply(features, linear.weight, linear.bias, rows and rows())
-        return narrow
+    if narrow(features, linear):
+        product: Tensor = _Narrow.apply(features, linear.weight, linear.bias, rows and rows())
+        return product
     if features.dtype == linear.weight.dtype:
         projected: Tensor = linear(features)
         return projected
     return F.linear(features, linear.weight.to(features.dtype)).to(linear.weight.dtype).add_(linear.bias)
 
 
-def _narrow(features: Tensor, linear: nn.Linear) -> bool:
-    """Whether the compiled kernel is for these: where outputs are few and inputs not many a general product is no faster."""
+def narrow(features: Tensor, linear: nn.Module) -> bool:
+    """Whether the compiled kernel is for these: where outputs are few and inputs not many a general product is no faster.
+
+    It reads rows where they are, so that some cost what they are of all.
+    """
+    assert isinstance(linear, nn.Linear)
     d, inner = linear.weight.shape
     if features.dim() != 2 or inner > NARROW or d > NARROW or d % 16 or inner % 16 or kernels() is None:
         return False
@@ -69,6 +73,25 @@ class _Narrow(torch.autograd.Function):
         return None, *compiled.linear_gradient(features, outputs.contiguous(), rows), None
 
 
+class _NarrowRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        compiled = kernels()
+        assert compiled is not None
+        check_rows(index, len(features))
+        index = index.contiguous()
+        ctx.save_for_backward(features, index)
+        return compiled.linear(features, weight, bias, index, packed=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, rows: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        compiled = kernels()
+        assert compiled is not None
+        features, index = ctx.saved_tensors
+        return None, None, *compiled.linear_gradient(features, rows.contiguous(), index, packed=True)
+
+
 def pays(features: Tensor, n: int) -> bool:
     """Whether :func:`project_rows` is the faster way to n rows of the features: on a CPU, where they are more than a block.
 
@@ -89,9 +112,13 @@ def project_rows(features: Tensor, index: Tensor, linear: nn.Module) -> Tensor:
 
     Returns:
         ``(k, linear.out_features)``, of the layer's type.
+
+    Raises:
+        IndexError: a row is not among the features.
     """
     assert isinstance(linear, nn.Linear)
-    rows: Tensor = _ProjectRows.apply(features, index, linear.weight, linear.bias)
+    how = _NarrowRows if narrow(features, linear) else _ProjectRows
+    rows: Tensor = how.apply(features, index, linear.weight, linear.bias)
     return rows
 
 

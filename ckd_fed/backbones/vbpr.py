@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ckd_fed.backbones.base import Asked, Backbone, Embeddings, Pass, RankingBatch, StepOutput, View, sum_of
 from ckd_fed.backbones.block_margins import block_margins, summed
 from ckd_fed.backbones.gather import Gather, Index
-from ckd_fed.backbones.projection import pays, project, project_rows
+from ckd_fed.backbones.projection import narrow, pays, project, project_rows
 from ckd_fed.data.interactions import Interactions
 
 
@@ -129,12 +129,11 @@ class VBPR(Backbone):
 
     def _projected(self, modality: str, gather: Gather) -> tuple[Tensor, Index]:
         """The projected features of all items, or of those that are asked for where that is faster, and where these are among them."""
-        features, linear = self.features(modality), self.projection[modality]
-        n = len(gather.items)
-        if pays(features, n):
-            rows, at = gather.own_items(once=True)
-            return project_rows(features, rows, linear), at
-        if n >= self.n_items:
+        features, linear, n = self.features(modality), self.projection[modality], len(gather.items)
+        in_place, some = narrow(features, linear), pays(features, n)
+        if n >= self.n_items and (in_place or not some):
             return project(features, linear, lambda: gather.read_items(self.n_items)), gather.items
-        rows, at = gather.own_items(once=False)
+        rows, at = gather.own_items(once=some)
+        if some or in_place:
+            return project_rows(features, rows, linear), at
         return project(F.embedding(rows, features), linear), at

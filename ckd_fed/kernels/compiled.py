@@ -25,8 +25,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "ckd_margins": [_POINTER, _INT, _POINTER, _INT, _INT, *[_POINTER] * 3, _INT, _INT, *[_POINTER] * 3, *_TEAM],
     "ckd_drift": [*[_POINTER] * 3, _INT, _POINTER, *[_INT] * 3, *[_POINTER] * 3, _INT, _POINTER, _POINTER, *_TEAM],
     "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 4, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
-    "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, *_TEAM],
-    "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, _POINTER, *_TEAM],
+    "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, ctypes.c_int, *_TEAM],
+    "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, ctypes.c_int, _POINTER, *_TEAM],
     "ckd_distil": [_POINTER, *_TEAM],
     "ckd_distinct": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_invert": [_POINTER, _INT, _INT, *[_POINTER] * 3],
@@ -166,7 +166,7 @@ class Kernels:
             raise MemoryError(f"there is not enough memory to draw {max(b, k):,} of {len(train.users):,} users")
         return ranking, distillation
 
-    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None = None, *, packed: bool = False) -> Tensor:
         """A linear layer on all rows, or on some that are gathered afterwards.
 
         Args:
@@ -174,29 +174,30 @@ class Kernels:
             weight: ``(d, inner)``, d a multiple of 16.
             bias: ``(d,)``.
             rows: whose outputs are wanted, ``(k,)``; None for all.
+            packed: whether to give these alone, one behind the other.
 
         Returns:
-            ``inputs @ weight.T + bias``, ``(n, d)``; rows that are not wanted are whatever was in the memory.
+            ``inputs @ weight.T + bias``, ``(n, d)``, of which rows that are not wanted are whatever was in the memory; packed ``(k, d)``.
         """
-        outputs, turned, past = inputs.new_empty((len(inputs), len(weight))), weight.t().contiguous(), rows is not None
-        rows = torch.arange(len(inputs)) if rows is None else rows
+        rows, past = torch.arange(len(inputs)) if rows is None else rows, rows is not None
+        outputs, turned = inputs.new_empty((len(rows) if packed else len(inputs), len(weight))), weight.t().contiguous()
         pointers = [tensor.data_ptr() for tensor in (inputs, turned, bias, rows, outputs)]
-        self._library.ckd_linear(*pointers[:4], len(rows), *weight.T.shape, pointers[4], past, *self._team, torch.get_num_threads())
+        self._library.ckd_linear(*pointers[:4], len(rows), *weight.T.shape, pointers[4], packed, past, *self._team, torch.get_num_threads())
         return outputs
 
-    def linear_gradient(self, inputs: Tensor, outputs: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def linear_gradient(self, inputs: Tensor, outputs: Tensor, rows: Tensor | None = None, *, packed: bool = False) -> tuple[Tensor, Tensor]:
         """Gradients of a linear layer's weight ``(d, inner)`` and bias ``(d,)``, both dimensions multiples of 16.
 
         Args:
             inputs: ``(n, inner)``.
-            outputs: gradient of the outputs, ``(n, d)``.
-            rows: as of :meth:`linear`; the gradient of others is not read.
+            outputs: gradient of the outputs, ``(n, d)``, packed ``(k, d)``.
+            rows, packed: as of :meth:`linear`; the gradient of other rows is not read.
         """
         inner, d = inputs.shape[1], outputs.shape[1]
         rows = torch.arange(len(inputs)) if rows is None else rows
         sums = inputs.new_empty((_GROUPS, d * (inner + 1)))
         pointers = [tensor.data_ptr() for tensor in (inputs, outputs, rows, sums)]
-        self._library.ckd_linear_gradient(*pointers[:3], len(rows), inner, d, pointers[3], *self._team, torch.get_num_threads())
+        self._library.ckd_linear_gradient(*pointers[:3], len(rows), inner, d, packed, pointers[3], *self._team, torch.get_num_threads())
         weight, bias = sums[0].split([d * inner, d])
         return weight.view(d, inner), bias
 

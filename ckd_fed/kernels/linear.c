@@ -44,11 +44,12 @@ struct linear {
     const int64_t *rows;
     int64_t n, inner, d;
     float *outputs;
-    int past;
+    int packed, past;
     struct pieces pieces;
 };
 
-static inline __attribute__((always_inline)) void outputs_tile(const struct linear *l, const int64_t *rows, int64_t c, int n, int vectors) {
+static inline __attribute__((always_inline)) void outputs_tile(const struct linear *l, int64_t at, int64_t c, int n, int vectors) {
+    const int64_t *rows = l->rows + at;
     wide sum[FORWARD_ROWS][FORWARD_VECTORS];
     const float *inputs[FORWARD_ROWS];
     for (int i = 0; i < n; i++) {
@@ -62,13 +63,13 @@ static inline __attribute__((always_inline)) void outputs_tile(const struct line
             for (int v = 0; v < vectors; v++) sum[i][v] += inputs[i][k] * weight[v];
     }
     for (int i = 0; i < n; i++)
-        for (int v = 0; v < vectors; v++) store_wide(l->outputs + rows[i] * l->d + c + v * WIDE, sum[i][v], l->past);
+        for (int v = 0; v < vectors; v++) store_wide(l->outputs + (l->packed ? at + i : rows[i]) * l->d + c + v * WIDE, sum[i][v], l->past);
 }
 
-static inline __attribute__((always_inline)) void outputs_rows(const struct linear *l, const int64_t *rows, int n) {
+static inline __attribute__((always_inline)) void outputs_rows(const struct linear *l, int64_t at, int n) {
     int64_t c = 0;
-    for (; c + FORWARD_VECTORS * WIDE <= l->d; c += FORWARD_VECTORS * WIDE) outputs_tile(l, rows, c, n, FORWARD_VECTORS);
-    for (; c < l->d; c += WIDE) outputs_tile(l, rows, c, n, 1);
+    for (; c + FORWARD_VECTORS * WIDE <= l->d; c += FORWARD_VECTORS * WIDE) outputs_tile(l, at, c, n, FORWARD_VECTORS);
+    for (; c < l->d; c += WIDE) outputs_tile(l, at, c, n, 1);
 }
 
 static void linear_work(void *data) {
@@ -78,20 +79,20 @@ static void linear_work(void *data) {
         int64_t at = piece * ROWS, end = at + ROWS < l->n ? at + ROWS : l->n;
         for (; at + FORWARD_ROWS <= end; at += FORWARD_ROWS) {
             for (int64_t next = at + FORWARD_ROWS; next < at + 2 * FORWARD_ROWS && next < l->n; next++) fetch(l->inputs + l->rows[next] * l->inner, l->inner);
-            outputs_rows(l, l->rows + at, FORWARD_ROWS);
+            outputs_rows(l, at, FORWARD_ROWS);
         }
-        for (; at < end; at++) outputs_rows(l, l->rows + at, 1);
+        for (; at < end; at++) outputs_rows(l, at, 1);
     }
 #ifdef __AVX__
     _mm_sfence();
 #endif
 }
 
-/* outputs[row] = inputs[row] weight (inner, d) + bias (d) for n rows; d a multiple of 16. past: whether rows are read one by one, by all cores, rather than
- * each again by the core that wrote it. */
+/* outputs[row] = inputs[row] weight (inner, d) + bias (d) for n rows, d a multiple of 16; packed: outputs are one behind the other. past: whether they are
+ * read one by one, by all cores, rather than each again by the core that wrote it. */
 void ckd_linear(const float *inputs, const float *weight, const float *bias, const int64_t *rows, int64_t n, int64_t inner, int64_t d, float *outputs,
-                int past, team parallel, member number, unsigned threads) {
-    struct linear l = {inputs, weight, bias, rows, n, inner, d, outputs, past && threads > 1 && (uintptr_t)outputs % (4 * WIDE) == 0, {0}};
+                int packed, int past, team parallel, member number, unsigned threads) {
+    struct linear l = {inputs, weight, bias, rows, n, inner, d, outputs, packed, past && threads > 1 && (uintptr_t)outputs % (4 * WIDE) == 0, {0}};
     run(linear_work, &l, &l.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
 }
 
@@ -99,6 +100,7 @@ struct linear_gradient {
     const float *inputs, *gradient;
     const int64_t *rows;
     int64_t n, inner, d;
+    int packed;
     float *sums;
     struct pieces pieces;
 };
@@ -138,7 +140,10 @@ static void sums_work(void *data) {
         for (int64_t at = start; at < end; at += CHUNK) {
             int64_t n = at + CHUNK < end ? CHUNK : end - at, fetched = n;
             int64_t known = at + 2 * CHUNK < end ? 2 * CHUNK : end - at;
-            for (int64_t r = 0; r < known; r++) places[r] = (struct place){l->inputs + l->rows[at + r] * l->inner, l->gradient + l->rows[at + r] * l->d};
+            for (int64_t r = 0; r < known; r++) {
+                int64_t row = l->rows[at + r];
+                places[r] = (struct place){l->inputs + row * l->inner, l->gradient + (l->packed ? at + r : row) * l->d};
+            }
             for (int64_t c = 0, step; c < l->inner; c += step * WIDE) {
                 step = c + BACKWARD_VECTORS * WIDE <= l->inner ? BACKWARD_VECTORS : 1;
                 for (int64_t o = 0; o < l->d; o += BACKWARD_ROWS) {
@@ -170,10 +175,10 @@ static void add_work(void *data) {
 }
 
 /* Gradients of weight (d, inner) and bias (d), one behind the other at the start of `sums` (16, d * (inner + 1)), from those of n rows of the outputs; d
- * and inner multiples of 16. */
-void ckd_linear_gradient(const float *inputs, const float *gradient, const int64_t *rows, int64_t n, int64_t inner, int64_t d, float *sums, team parallel,
-                         member number, unsigned threads) {
-    struct linear_gradient l = {inputs, gradient, rows, n, inner, d, sums, {0}};
+ * and inner multiples of 16; packed: these are one behind the other. */
+void ckd_linear_gradient(const float *inputs, const float *gradient, const int64_t *rows, int64_t n, int64_t inner, int64_t d, int packed, float *sums,
+                         team parallel, member number, unsigned threads) {
+    struct linear_gradient l = {inputs, gradient, rows, n, inner, d, packed, sums, {0}};
     run(sums_work, &l, &l.pieces, GROUPS, parallel, number, threads);
     run(add_work, &l, &l.pieces, (numbers_of(&l) + NUMBERS - 1) / NUMBERS, parallel, number, threads);
 }

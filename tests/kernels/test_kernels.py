@@ -14,7 +14,7 @@ from ckd_fed.backbones.base import Triples
 from ckd_fed.backbones.block_margins import block_margins, composed_margins, summed, triple_margins
 from ckd_fed.backbones.gather import Gather
 from ckd_fed.backbones.inverted import Inverted, distinct
-from ckd_fed.backbones.projection import project
+from ckd_fed.backbones.projection import project, project_rows
 from ckd_fed.distillation import distil as distil_module
 from ckd_fed.kernels import Kernels, build, kernels
 
@@ -163,6 +163,33 @@ def test_a_linear_layer_and_its_gradient(generator, n, inner, d, share):
     of_weight, of_bias = kernels().linear_gradient(inputs, of_outputs, rows)
     torch.testing.assert_close(of_weight.double(), of_outputs[rows].double().T @ inputs[rows].double(), rtol=1e-5, atol=1e-5 * n**0.5)
     torch.testing.assert_close(of_bias.double(), of_outputs[rows].double().sum(0), rtol=1e-5, atol=1e-5 * n**0.5)
+    packed = kernels().linear(inputs, weight, bias, rows, packed=True)
+    assert torch.equal(packed, outputs[rows])
+    assert all(map(torch.equal, (of_weight, of_bias), kernels().linear_gradient(inputs, of_outputs[rows], rows, packed=True)))
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (40, 32), (48, 24)], ids=["compiled", "inner", "outer"])
+def test_projected_rows_with_and_without_kernels(generator, monkeypatch, shape):
+    """As they come, some several times."""
+    inner, d = shape
+    features, linear = torch.randn(70, inner, generator=generator), torch.nn.Linear(inner, d)
+    rows = torch.tensor([69, 3, 0, 3, 41, 42, 3, 69, 1, 8])
+    calls, forward = [], Kernels.linear
+    monkeypatch.setattr(Kernels, "linear", lambda *args, **named: (calls.append(1), forward(*args, **named))[1])
+
+    def found():
+        read = project_rows(features, rows, linear)
+        return read, torch.autograd.grad((read * torch.linspace(-1, 1, read.numel()).view(read.shape)).sum(), list(linear.parameters()))
+
+    compiled = found()
+    assert len(calls) == (shape == (48, 32))
+    for row in (-1, 70):
+        with pytest.raises(IndexError):
+            project_rows(features, torch.tensor([5, row]), linear)
+    calls.clear()
+    monkeypatch.setattr(projection_module, "kernels", lambda: None)
+    torch.testing.assert_close(compiled, found(), rtol=1e-5, atol=1e-5)
+    assert not calls
 
 
 def test_a_linear_layer_has_the_same_bits_with_any_number_of_threads(generator, monkeypatch):
