@@ -282,8 +282,16 @@ class Kernels:
             masks: which samples and which pairs the teacher of every modality was asked about, bool; None for all.
             strengths: rho, kappa and temperature.
             switches: whether samples are reweighted, and which losses count, the specific and the generic one.
+
+        Raises:
+            ValueError: some are not of as many samples or pairs as the others.
         """
         m, b, k = len(samples[0]), len(joint), len(pairs[0][0])
+        for n, margins in ((b, (*samples, masks[0])), (k, (*pairs, masks[1]))):
+            for each in margins:
+                if len(each) != m or any(tensor is not None and tensor.shape != (n,) for tensor in each):
+                    shapes = ", ".join("none" if tensor is None else str(tuple(tensor.shape)) for tensor in each)
+                    raise ValueError(f"margins of {m} modalities and {n} triples have the shapes {shapes}")
         sizes = [*[m * b] * 4, m * (b + k), m, b]
         numbers, kd = joint.new_empty(sum(sizes)), joint.new_empty(())
         margin, specific, effect, weight, slopes, generic, per_sample = numbers.split(sizes)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ckd_fed.kernels import Kernels, kernels
+from ckd_fed.kernels import Kernels, check_rows, kernels
 from ckd_fed.training.drift import BETAS, EPS, Drift
 from ckd_fed.training.fused import fused_adam
 
@@ -86,7 +86,8 @@ class InPlace(Behind):
         self._compiled = compiled
 
     def catch_up(self, rows: Tensor) -> None:
-        self._drift.apply_compiled(self._compiled, self._tables, self._last, rows)
+        check_rows(rows, len(self._last))
+        self._drift.apply_compiled(self._compiled, self._tables, self._last, rows.contiguous())
         self._named = rows
 
     def _move(self, rows: Tensor, gradient: Tensor, step: Tensor) -> None:

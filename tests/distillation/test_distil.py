@@ -149,3 +149,13 @@ def test_without_kernels(monkeypatch):
     monkeypatch.setattr(distil, "kernels", lambda: None)
     composed = LOSS.distil(names(3), student, teachers)
     torch.testing.assert_close(compiled.loss, composed.loss)
+
+
+@pytest.mark.parametrize("of", ["ranking", "distillation", "asked_ranking", "asked_distillation"])
+def test_teachers_that_say_too_little(of):
+    """The kernel would read beyond it."""
+    student, teachers = given(2, asked=True)
+    teachers[1] = replace(teachers[1], **{of: getattr(teachers[1], of)[:-1]})
+    for compute in (LOSS.distil, LOSS.composed):
+        with pytest.raises((ValueError, RuntimeError), match=r"shapes|size"):
+            compute(names(2), student, teachers)

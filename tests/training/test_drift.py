@@ -195,6 +195,18 @@ def test_rows_that_were_behind_when_they_were_read_are_refused(sparse, with_and_
     assert torch.equal(module.rows, before)
 
 
+@pytest.mark.parametrize("row", [-1, 400])
+def test_rows_beyond_the_table_are_refused(sparse, with_and_without_kernels, row):
+    module = Table(torch.float32)
+    optimizer = Adam(module, RATE, ["rows"])
+    for index in batches(FROM_STEP + 1):
+        optimizer.zero_grad()
+        module.loss(index).backward()
+        optimizer.step()
+    with pytest.raises(IndexError):
+        optimizer.catch_up({"rows": torch.tensor([row, 7]).sort().values})
+
+
 def test_rows_that_were_caught_up_for_nothing(sparse, with_and_without_kernels):
     """Nothing was done with them; the next step is of others."""
     steps = batches(FROM_STEP + 60)
