@@ -26,13 +26,16 @@ _SIGNATURES: dict[str, list[type]] = {
     "ckd_drift": [*[_POINTER] * 3, _INT, _POINTER, *[_INT] * 3, *[_POINTER] * 3, _INT, _POINTER, _POINTER, *_TEAM],
     "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 4, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
     "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, ctypes.c_int, *_TEAM],
+    "ckd_linear_narrow": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, ctypes.c_int, _POINTER, *_TEAM],
+    "ckd_linear_gradient_narrow": [*[_POINTER] * 3, *[_INT] * 3, ctypes.c_int, _POINTER, *_TEAM],
+    "ckd_narrow": [],
     "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, ctypes.c_int, _POINTER, *_TEAM],
     "ckd_distil": [_POINTER, *_TEAM],
     "ckd_distinct": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_invert": [_POINTER, _INT, _INT, *[_POINTER] * 3],
     "ckd_triples": [ctypes.c_uint64, _POINTER, _POINTER, _INT, _POINTER, *[_INT] * 3, _POINTER, _POINTER],
 }
-_RESULTS = {"ckd_distinct": _INT, **dict.fromkeys(("ckd_invert", "ckd_margins", "ckd_triples"), ctypes.c_int)}
+_RESULTS = {"ckd_distinct": _INT, **dict.fromkeys(("ckd_invert", "ckd_margins", "ckd_narrow", "ckd_triples"), ctypes.c_int)}
 _TRIPLES = 128  # whose squares are one number
 _GROUPS = 16  # of rows, of each of which a linear layer's gradient is summed on its own
 _SAMPLES = 256  # or pairs, whose distillation losses are one number
@@ -87,6 +90,9 @@ class Kernels:
 
     Args:
         library: as compiled.
+
+    Attributes:
+        bfloat16: whether linear layers take inputs of that type: the processor multiplies them.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -95,6 +101,7 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, _RESULTS.get(name)
         self._team = _team()
+        self.bfloat16 = bool(library.ckd_narrow())
 
     def margins(self, users: Tensor, items: Tensor, user: Tensor, first: Tensor, second: Tensor, ranked: int = 0) -> tuple[Tensor, Tensor]:
         """Margins of triples, and the sum of squares of all rows that the first of them read.
@@ -170,7 +177,7 @@ class Kernels:
         """A linear layer on all rows, or on some that are gathered afterwards.
 
         Args:
-            inputs: ``(n, inner)``.
+            inputs: ``(n, inner)``; in bfloat16, to which the weight is then rounded, only where :attr:`bfloat16` is and inner is a multiple of 16.
             weight: ``(d, inner)``, d a multiple of 16.
             bias: ``(d,)``.
             rows: whose outputs are wanted, ``(k,)``; None for all.
@@ -180,24 +187,30 @@ class Kernels:
             ``inputs @ weight.T + bias``, ``(n, d)``, of which rows that are not wanted are whatever was in the memory; packed ``(k, d)``.
         """
         rows, past = torch.arange(len(inputs)) if rows is None else rows, rows is not None
-        outputs, turned = inputs.new_empty((len(rows) if packed else len(inputs), len(weight))), weight.t().contiguous()
+        outputs, turned = weight.new_empty((len(rows) if packed else len(inputs), len(weight))), weight.t().contiguous()
         pointers = [tensor.data_ptr() for tensor in (inputs, turned, bias, rows, outputs)]
-        self._library.ckd_linear(*pointers[:4], len(rows), *weight.T.shape, pointers[4], packed, past, *self._team, torch.get_num_threads())
+        given, team = (*pointers[:4], len(rows), *weight.T.shape, pointers[4], packed, past), (*self._team, torch.get_num_threads())
+        if inputs.dtype == torch.bfloat16:
+            memory = weight.new_empty(weight.numel() // 2)
+            self._library.ckd_linear_narrow(*given, memory.data_ptr(), *team)
+        else:
+            self._library.ckd_linear(*given, *team)
         return outputs
 
     def linear_gradient(self, inputs: Tensor, outputs: Tensor, rows: Tensor | None = None, *, packed: bool = False) -> tuple[Tensor, Tensor]:
         """Gradients of a linear layer's weight ``(d, inner)`` and bias ``(d,)``, both dimensions multiples of 16.
 
         Args:
-            inputs: ``(n, inner)``.
+            inputs: as of :meth:`linear`; with bfloat16, to which the gradient is then rounded for the weight, both dimensions are at most 512.
             outputs: gradient of the outputs, ``(n, d)``, packed ``(k, d)``.
             rows, packed: as of :meth:`linear`; the gradient of other rows is not read.
         """
         inner, d = inputs.shape[1], outputs.shape[1]
         rows = torch.arange(len(inputs)) if rows is None else rows
-        sums = inputs.new_empty((_GROUPS, d * (inner + 1)))
+        sums = outputs.new_empty((_GROUPS, d * (inner + 1)))
         pointers = [tensor.data_ptr() for tensor in (inputs, outputs, rows, sums)]
-        self._library.ckd_linear_gradient(*pointers[:3], len(rows), inner, d, packed, pointers[3], *self._team, torch.get_num_threads())
+        compute = self._library.ckd_linear_gradient_narrow if inputs.dtype == torch.bfloat16 else self._library.ckd_linear_gradient
+        compute(*pointers[:3], len(rows), inner, d, packed, pointers[3], *self._team, torch.get_num_threads())
         weight, bias = sums[0].split([d * inner, d])
         return weight.view(d, inner), bias
 

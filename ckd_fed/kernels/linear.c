@@ -39,6 +39,20 @@ static inline void store_wide(float *at, wide value, int past) {
     *(wide *)at = value;
 }
 
+/* Features of 16 bits are multiplied in pairs, where the processor has an instruction for them: two products a number, summed in float. A pair is of two
+ * inputs of a row forward, and of one input in two rows backward. */
+#ifdef __AVX512BF16__
+static inline wide add_pairs(wide sum, __m512i one, __m512i other) {
+    return (wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)one, (__m512bh)other);
+}
+
+static inline __m512i widened(const uint16_t *at) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)); }
+
+static inline __m512i paired(__m512i first, __m512i second) { return _mm512_or_si512(first, _mm512_slli_epi32(second, 16)); }
+
+static inline __m512i rounded(const float *at) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(at))); }
+#endif
+
 struct linear {
     const float *inputs, *weight, *bias;
     const int64_t *rows;
@@ -94,6 +108,81 @@ void ckd_linear(const float *inputs, const float *weight, const float *bias, con
                 int packed, int past, team parallel, member number, unsigned threads) {
     struct linear l = {inputs, weight, bias, rows, n, inner, d, outputs, packed, past && threads > 1 && (uintptr_t)outputs % (4 * WIDE) == 0, {0}};
     run(linear_work, &l, &l.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
+}
+
+#ifdef __AVX512BF16__
+struct narrow {
+    const uint16_t *inputs;
+    const uint32_t *weight;
+    struct linear to; /* all else */
+};
+
+static inline __attribute__((always_inline)) void narrow_tile(const struct narrow *w, int64_t at, int64_t c, int n, int vectors) {
+    const struct linear *l = &w->to;
+    wide sum[FORWARD_ROWS][FORWARD_VECTORS];
+    const uint16_t *inputs[FORWARD_ROWS];
+    for (int i = 0; i < n; i++) {
+        inputs[i] = w->inputs + l->rows[at + i] * l->inner;
+        for (int v = 0; v < vectors; v++) sum[i][v] = load_wide(l->bias + c + v * WIDE);
+    }
+    for (int64_t k = 0; k < l->inner; k += 2) {
+        __m512i weight[FORWARD_VECTORS];
+        for (int v = 0; v < vectors; v++) weight[v] = _mm512_loadu_si512(w->weight + k / 2 * l->d + c + v * WIDE);
+        for (int i = 0; i < n; i++) {
+            int pair;
+            memcpy(&pair, inputs[i] + k, sizeof pair);
+            for (int v = 0; v < vectors; v++) sum[i][v] = add_pairs(sum[i][v], _mm512_set1_epi32(pair), weight[v]);
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int v = 0; v < vectors; v++) store_wide(l->outputs + (l->packed ? at + i : l->rows[at + i]) * l->d + c + v * WIDE, sum[i][v], l->past);
+}
+
+static inline __attribute__((always_inline)) void narrow_rows(const struct narrow *w, int64_t at, int n) {
+    int64_t c = 0;
+    for (; c + FORWARD_VECTORS * WIDE <= w->to.d; c += FORWARD_VECTORS * WIDE) narrow_tile(w, at, c, n, FORWARD_VECTORS);
+    for (; c < w->to.d; c += WIDE) narrow_tile(w, at, c, n, 1);
+}
+
+static void narrow_work(void *data) {
+    struct narrow *w = data;
+    struct linear *l = &w->to;
+    unsigned own = number_of(&l->pieces), helped = 0;
+    for (int64_t piece; (piece = take(&l->pieces, own, &helped)) >= 0;) {
+        int64_t at = piece * ROWS, end = at + ROWS < l->n ? at + ROWS : l->n;
+        for (; at + FORWARD_ROWS <= end; at += FORWARD_ROWS) {
+            for (int64_t next = at + FORWARD_ROWS; next < at + 2 * FORWARD_ROWS && next < l->n; next++)
+                fetch((const float *)(w->inputs + l->rows[next] * l->inner), l->inner / 2);
+            narrow_rows(w, at, FORWARD_ROWS);
+        }
+        for (; at < end; at++) narrow_rows(w, at, 1);
+    }
+    _mm_sfence();
+}
+#endif
+
+/* Whether there is ckd_linear_narrow. */
+int ckd_narrow(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* As ckd_linear, of inputs in bfloat16; memory: inner * d numbers of 16 bits for the weight, which is rounded to it. inner a multiple of 16. */
+void ckd_linear_narrow(const uint16_t *inputs, const float *weight, const float *bias, const int64_t *rows, int64_t n, int64_t inner, int64_t d,
+                       float *outputs, int packed, int past, uint32_t *memory, team parallel, member number, unsigned threads) {
+#ifdef __AVX512BF16__
+    for (int64_t k = 0; k < inner; k += 2)
+        for (int64_t c = 0; c < d; c += WIDE)
+            _mm512_storeu_si512(memory + k / 2 * d + c, paired(rounded(weight + k * d + c), rounded(weight + (k + 1) * d + c)));
+    struct narrow w = {inputs, memory, {NULL, NULL, bias, rows, n, inner, d, outputs, packed, past && threads > 1 && (uintptr_t)outputs % (4 * WIDE) == 0, {0}}};
+    run(narrow_work, &w, &w.to.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
+#else
+    (void)inputs, (void)weight, (void)bias, (void)rows, (void)n, (void)inner, (void)d, (void)outputs, (void)packed, (void)past, (void)memory;
+    (void)parallel, (void)number, (void)threads;
+#endif
 }
 
 struct linear_gradient {
@@ -163,6 +252,72 @@ static void sums_work(void *data) {
     }
 }
 
+#ifdef __AVX512BF16__
+struct narrow_gradient {
+    const uint16_t *inputs;
+    struct linear_gradient to; /* all else */
+};
+
+static inline __attribute__((always_inline)) void pairs_tile(const uint32_t *inputs, const uint32_t *gradient, int64_t pairs, int64_t inner, int64_t d,
+                                                             int64_t c, int64_t o, float *out, int vectors) {
+    wide sum[BACKWARD_ROWS][BACKWARD_VECTORS];
+    out += o * inner + c;
+    for (int i = 0; i < BACKWARD_ROWS; i++)
+        for (int v = 0; v < vectors; v++) sum[i][v] = load_wide(out + i * inner + v * WIDE);
+    for (int64_t r = 0; r < pairs; r++) {
+        __m512i input[BACKWARD_VECTORS];
+        for (int v = 0; v < vectors; v++) input[v] = _mm512_loadu_si512(inputs + r * inner + c + v * WIDE);
+        for (int i = 0; i < BACKWARD_ROWS; i++)
+            for (int v = 0; v < vectors; v++) sum[i][v] = add_pairs(sum[i][v], _mm512_set1_epi32((int)gradient[r * d + o + i]), input[v]);
+    }
+    for (int i = 0; i < BACKWARD_ROWS; i++)
+        for (int v = 0; v < vectors; v++) store_wide(out + i * inner + v * WIDE, sum[i][v], 0);
+}
+
+static void narrow_sums_work(void *data) {
+    struct narrow_gradient *w = data;
+    struct linear_gradient *l = &w->to;
+    const int64_t inner = l->inner, d = l->d;
+    unsigned own = number_of(&l->pieces), helped = 0;
+    _Alignas(64) uint32_t inputs[CHUNK / 2 * NUMBERS], gradient[CHUNK / 2 * NUMBERS]; /* of a chunk, in pairs */
+    static const uint16_t no_inputs[NUMBERS];
+    static const float no_gradient[NUMBERS];
+    for (int64_t group; (group = take(&l->pieces, own, &helped)) >= 0;) {
+        int64_t start = l->n * group / GROUPS, end = l->n * (group + 1) / GROUPS;
+        float *weight = l->sums + group * numbers_of(l), *bias = weight + d * inner;
+        memset(weight, 0, numbers_of(l) * sizeof *weight);
+        for (int64_t at = start; at < end; at += CHUNK) {
+            int64_t n = at + CHUNK < end ? CHUNK : end - at, pairs = (n + 1) / 2;
+            for (int64_t r = at; r < at + n; r += 2) {
+                int two = r + 1 < at + n;
+                int64_t pair = (r - at) / 2, one_row = l->rows[r], other_row = two ? l->rows[r + 1] : 0;
+                const uint16_t *one = w->inputs + one_row * inner, *other = two ? w->inputs + other_row * inner : no_inputs;
+                const float *of_one = l->gradient + (l->packed ? r : one_row) * d;
+                const float *of_other = two ? l->gradient + (l->packed ? r + 1 : other_row) * d : no_gradient;
+                for (int64_t next = r + CHUNK; next < r + CHUNK + 2 && next < end; next++) {
+                    fetch((const float *)(w->inputs + l->rows[next] * inner), inner / 2);
+                    fetch(l->gradient + (l->packed ? next : l->rows[next]) * d, d);
+                }
+                for (int64_t c = 0; c < inner; c += WIDE) _mm512_storeu_si512(inputs + pair * inner + c, paired(widened(one + c), widened(other + c)));
+                for (int64_t c = 0; c < d; c += WIDE) {
+                    _mm512_storeu_si512(gradient + pair * d + c, paired(rounded(of_one + c), rounded(of_other + c)));
+                    store_wide(bias + c, load_wide(bias + c) + load_wide(of_one + c) + load_wide(of_other + c), 0);
+                }
+            }
+            for (int64_t c = 0, step; c < inner; c += step * WIDE) {
+                step = c + BACKWARD_VECTORS * WIDE <= inner ? BACKWARD_VECTORS : 1;
+                for (int64_t o = 0; o < d; o += BACKWARD_ROWS) {
+                    if (step == BACKWARD_VECTORS)
+                        pairs_tile(inputs, gradient, pairs, inner, d, c, o, weight, BACKWARD_VECTORS);
+                    else
+                        pairs_tile(inputs, gradient, pairs, inner, d, c, o, weight, 1);
+                }
+            }
+        }
+    }
+}
+#endif
+
 static void add_work(void *data) {
     struct linear_gradient *l = data;
     const int64_t size = numbers_of(l);
@@ -181,4 +336,16 @@ void ckd_linear_gradient(const float *inputs, const float *gradient, const int64
     struct linear_gradient l = {inputs, gradient, rows, n, inner, d, packed, sums, {0}};
     run(sums_work, &l, &l.pieces, GROUPS, parallel, number, threads);
     run(add_work, &l, &l.pieces, (numbers_of(&l) + NUMBERS - 1) / NUMBERS, parallel, number, threads);
+}
+
+/* As ckd_linear_gradient, of inputs in bfloat16; the gradient of the outputs is rounded to it for the weight. inner and d at most 512. */
+void ckd_linear_gradient_narrow(const uint16_t *inputs, const float *gradient, const int64_t *rows, int64_t n, int64_t inner, int64_t d, int packed,
+                                float *sums, team parallel, member number, unsigned threads) {
+#ifdef __AVX512BF16__
+    struct narrow_gradient w = {inputs, {NULL, gradient, rows, n, inner, d, packed, sums, {0}}};
+    run(narrow_sums_work, &w, &w.to.pieces, GROUPS, parallel, number, threads);
+    run(add_work, &w.to, &w.to.pieces, (numbers_of(&w.to) + NUMBERS - 1) / NUMBERS, parallel, number, threads);
+#else
+    (void)inputs, (void)gradient, (void)rows, (void)n, (void)inner, (void)d, (void)packed, (void)sums, (void)parallel, (void)number, (void)threads;
+#endif
 }

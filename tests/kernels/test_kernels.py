@@ -21,6 +21,9 @@ from ckd_fed.kernels import Kernels, build, kernels
 N_USERS, N_ITEMS, B, K = 300, 200, 150, 700
 WIDTHS = [1, 7, 8, 20, 64, 80, 150]  # below, at and beside the kernels' 8 lanes and tiles of 64
 
+needs_bfloat16 = pytest.mark.skipif(kernels() is None or not kernels().bfloat16, reason="this processor does not multiply bfloat16")
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16, id="bfloat16")
+
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
 
@@ -168,6 +171,47 @@ def test_a_linear_layer_and_its_gradient(generator, n, inner, d, share):
     assert all(map(torch.equal, (of_weight, of_bias), kernels().linear_gradient(inputs, of_outputs[rows], rows, packed=True)))
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16])
+@pytest.mark.parametrize(("n", "inner", "d"), [(1, 16, 16), (64, 128, 64), (501, 48, 80), (33, 512, 512), (200, 64, 48)])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_a_linear_layer_of_features_in_bfloat16(generator, n, inner, d, share, dtype):
+    """The other factor is rounded too, and nothing else: not the bias, its gradient or the result."""
+    inputs, weight, bias, of_outputs = (torch.randn(shape, generator=generator) for shape in ((n, inner), (d, inner), (d,), (n, d)))
+    inputs, rows = inputs.to(dtype), rows_of(n, share, generator)
+
+    def exact(tensor):
+        return tensor.to(dtype).double()
+
+    outputs = kernels().linear(inputs, weight, bias, rows)
+    assert outputs.dtype == torch.float32
+    torch.testing.assert_close(outputs[rows].double(), exact(inputs[rows]) @ exact(weight).T + bias, rtol=1e-5, atol=1e-5 * inner**0.5)
+    assert torch.equal(kernels().linear(inputs, weight, bias, rows, packed=True), outputs[rows])
+    of_outputs[torch.ones(n, dtype=torch.bool).scatter(0, rows, False)] = torch.nan  # of other rows nothing is read
+    of_weight, of_bias = kernels().linear_gradient(inputs, of_outputs, rows)
+    torch.testing.assert_close(of_weight.double(), exact(of_outputs[rows]).T @ exact(inputs[rows]), rtol=1e-5, atol=1e-5 * n**0.5)
+    torch.testing.assert_close(of_bias.double(), of_outputs[rows].double().sum(0), rtol=1e-5, atol=1e-5 * n**0.5)
+    assert all(map(torch.equal, (of_weight, of_bias), kernels().linear_gradient(inputs, of_outputs[rows], rows, packed=True)))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16])
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
+def test_projected_features_in_bfloat16(generator, monkeypatch, some, dtype):
+    """With the kernel and without, which rounds the results as well."""
+    features, linear = torch.randn(70, 48, generator=generator).to(dtype), torch.nn.Linear(48, 32)
+    rows = torch.tensor([69, 3, 0, 3, 41])
+    calls, forward = [], Kernels.linear
+    monkeypatch.setattr(Kernels, "linear", lambda *args, **named: (calls.append(1), forward(*args, **named))[1])
+
+    def found():
+        read = project_rows(features, rows, linear) if some else project(features, linear)
+        return read, torch.autograd.grad((read * torch.linspace(-1, 1, read.numel()).view(read.shape)).sum(), list(linear.parameters()))
+
+    compiled = found()
+    assert len(calls) == 1
+    monkeypatch.setattr(projection_module, "kernels", lambda: None)
+    torch.testing.assert_close(compiled, found(), rtol=2**-7, atol=0.05)
+
+
 @pytest.mark.parametrize("shape", [(48, 32), (40, 32), (48, 24)], ids=["compiled", "inner", "outer"])
 def test_projected_rows_with_and_without_kernels(generator, monkeypatch, shape):
     """As they come, some several times."""
@@ -192,8 +236,10 @@ def test_projected_rows_with_and_without_kernels(generator, monkeypatch, shape):
     assert not calls
 
 
-def test_a_linear_layer_has_the_same_bits_with_any_number_of_threads(generator, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_a_linear_layer_has_the_same_bits_with_any_number_of_threads(generator, monkeypatch, dtype):
     inputs, weight, bias, of_outputs = (torch.randn(shape, generator=generator) for shape in ((900, 128), (64, 128), (64,), (900, 64)))
+    inputs = inputs.to(dtype)
     rows, compiled, threads, found = rows_of(900, 0.8, generator), kernels(), torch.get_num_threads(), []
     try:
         for n, team in ((1, compiled._team), (2, compiled._team), (3, compiled._team), (2, (None, None))):
