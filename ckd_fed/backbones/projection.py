@@ -37,7 +37,7 @@ def project(features: Tensor, linear: nn.Module, rows: Callable[[], Tensor] | No
     """
     assert isinstance(linear, nn.Linear)
     if narrow(features, linear):
-        product: Tensor = _Narrow.apply(features, linear.weight, linear.bias, rows and rows())
+        product: Tensor = _Narrow.apply(features, linear.weight, linear.bias, rows and rows(), False)
         return product
     if features.dtype == linear.weight.dtype:
         projected: Tensor = linear(features)
@@ -62,39 +62,23 @@ def narrow(features: Tensor, linear: nn.Module) -> bool:
 
 
 class _Narrow(torch.autograd.Function):
+    """Of the rows, or of all without any; packed: one behind the other, or each at its place."""
+
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None, packed: bool) -> Tensor:
         compiled = kernels()
         assert compiled is not None
         ctx.save_for_backward(features, rows)
-        return compiled.linear(features, weight, bias, rows)
+        ctx.packed = packed
+        return compiled.linear(features, weight, bias, rows, packed=packed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outputs: Tensor) -> tuple[None, Tensor, Tensor, None]:
+    def backward(ctx: Any, outputs: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
         compiled = kernels()
         assert compiled is not None
         features, rows = ctx.saved_tensors
-        return None, *compiled.linear_gradient(features, outputs.contiguous(), rows), None
-
-
-class _NarrowRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        compiled = kernels()
-        assert compiled is not None
-        check_rows(index, len(features))
-        index = index.contiguous()
-        ctx.save_for_backward(features, index)
-        return compiled.linear(features, weight, bias, index, packed=True)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, rows: Tensor) -> tuple[None, None, Tensor, Tensor]:
-        compiled = kernels()
-        assert compiled is not None
-        features, index = ctx.saved_tensors
-        return None, None, *compiled.linear_gradient(features, rows.contiguous(), index, packed=True)
+        return None, *compiled.linear_gradient(features, outputs.contiguous(), rows, packed=ctx.packed), None, None
 
 
 def pays(features: Tensor, n: int) -> bool:
@@ -122,8 +106,11 @@ def project_rows(features: Tensor, index: Tensor, linear: nn.Module) -> Tensor:
         IndexError: a row is not among the features.
     """
     assert isinstance(linear, nn.Linear)
-    how = _NarrowRows if narrow(features, linear) else _ProjectRows
-    rows: Tensor = how.apply(features, index, linear.weight, linear.bias)
+    if narrow(features, linear):
+        check_rows(index, len(features))
+        product: Tensor = _Narrow.apply(features, linear.weight, linear.bias, index.contiguous(), True)
+        return product
+    rows: Tensor = _ProjectRows.apply(features, index, linear.weight, linear.bias)
     return rows
 
 

@@ -26,14 +26,16 @@ _SIGNATURES: dict[str, list[type]] = {
     "ckd_drift": [*[_POINTER] * 3, _INT, _POINTER, *[_INT] * 3, *[_POINTER] * 3, _INT, _POINTER, _POINTER, *_TEAM],
     "ckd_gradient": [_POINTER, _POINTER, _INT, *[_POINTER] * 4, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _FLOAT, _POINTER, *_TEAM],
     "ckd_linear": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, ctypes.c_int, *_TEAM],
-    "ckd_linear_narrow": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, ctypes.c_int, _POINTER, *_TEAM],
-    "ckd_linear_gradient_narrow": [*[_POINTER] * 3, *[_INT] * 3, ctypes.c_int, _POINTER, *_TEAM],
     "ckd_narrow": [],
     "ckd_linear_gradient": [*[_POINTER] * 3, *[_INT] * 3, ctypes.c_int, _POINTER, *_TEAM],
     "ckd_distil": [_POINTER, *_TEAM],
     "ckd_distinct": [_POINTER, _INT, _INT, _POINTER, _POINTER],
     "ckd_invert": [_POINTER, _INT, _INT, *[_POINTER] * 3],
     "ckd_triples": [ctypes.c_uint64, _POINTER, _POINTER, _INT, _POINTER, *[_INT] * 3, _POINTER, _POINTER],
+}
+_NARROW: dict[str, list[type]] = {  # where the processor multiplies bfloat16
+    "ckd_linear_narrow": [*[_POINTER] * 4, *[_INT] * 3, _POINTER, ctypes.c_int, ctypes.c_int, _POINTER, *_TEAM],
+    "ckd_linear_gradient_narrow": [*[_POINTER] * 3, *[_INT] * 3, ctypes.c_int, _POINTER, *_TEAM],
 }
 _RESULTS = {"ckd_distinct": _INT, **dict.fromkeys(("ckd_invert", "ckd_margins", "ckd_narrow", "ckd_triples"), ctypes.c_int)}
 _TRIPLES = 128  # whose squares are one number
@@ -97,11 +99,11 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        for name, arguments in _SIGNATURES.items():
+        self.bfloat16 = bool(library.ckd_narrow())
+        for name, arguments in {**_SIGNATURES, **(_NARROW if self.bfloat16 else {})}.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, _RESULTS.get(name)
         self._team = _team()
-        self.bfloat16 = bool(library.ckd_narrow())
 
     def margins(self, users: Tensor, items: Tensor, user: Tensor, first: Tensor, second: Tensor, ranked: int = 0) -> tuple[Tensor, Tensor]:
         """Margins of triples, and the sum of squares of all rows that the first of them read.

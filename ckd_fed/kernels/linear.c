@@ -53,8 +53,10 @@ static inline __m512i paired(__m512i first, __m512i second) { return _mm512_or_s
 static inline __m512i rounded(const float *at) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(at))); }
 #endif
 
+/* Inputs and weight are of float, or inputs of bfloat16 and the weight of its pairs. */
 struct linear {
-    const float *inputs, *weight, *bias;
+    const void *inputs, *weight;
+    const float *bias;
     const int64_t *rows;
     int64_t n, inner, d;
     float *outputs;
@@ -62,45 +64,75 @@ struct linear {
     struct pieces pieces;
 };
 
-static inline __attribute__((always_inline)) void outputs_tile(const struct linear *l, int64_t at, int64_t c, int n, int vectors) {
-    const int64_t *rows = l->rows + at;
-    wide sum[FORWARD_ROWS][FORWARD_VECTORS];
-    const float *inputs[FORWARD_ROWS];
-    for (int i = 0; i < n; i++) {
-        inputs[i] = l->inputs + rows[i] * l->inner;
-        for (int v = 0; v < vectors; v++) sum[i][v] = load_wide(l->bias + c + v * WIDE);
-    }
+typedef wide tile[FORWARD_ROWS][FORWARD_VECTORS];
+
+static inline __attribute__((always_inline)) void products(const struct linear *l, const int64_t *rows, int64_t c, int n, int vectors, tile sum) {
+    const float *inputs[FORWARD_ROWS], *weights = l->weight;
+    for (int i = 0; i < n; i++) inputs[i] = (const float *)l->inputs + rows[i] * l->inner;
     for (int64_t k = 0; k < l->inner; k++) {
         wide weight[FORWARD_VECTORS];
-        for (int v = 0; v < vectors; v++) weight[v] = load_wide(l->weight + k * l->d + c + v * WIDE);
+        for (int v = 0; v < vectors; v++) weight[v] = load_wide(weights + k * l->d + c + v * WIDE);
         for (int i = 0; i < n; i++)
             for (int v = 0; v < vectors; v++) sum[i][v] += inputs[i][k] * weight[v];
     }
+}
+
+#ifdef __AVX512BF16__
+static inline __attribute__((always_inline)) void narrow_products(const struct linear *l, const int64_t *rows, int64_t c, int n, int vectors, tile sum) {
+    const uint16_t *inputs[FORWARD_ROWS];
+    const uint32_t *weights = l->weight;
+    for (int i = 0; i < n; i++) inputs[i] = (const uint16_t *)l->inputs + rows[i] * l->inner;
+    for (int64_t k = 0; k < l->inner; k += 2) {
+        __m512i weight[FORWARD_VECTORS];
+        for (int v = 0; v < vectors; v++) weight[v] = _mm512_loadu_si512(weights + k / 2 * l->d + c + v * WIDE);
+        for (int i = 0; i < n; i++) {
+            int pair;
+            memcpy(&pair, inputs[i] + k, sizeof pair);
+            for (int v = 0; v < vectors; v++) sum[i][v] = add_pairs(sum[i][v], _mm512_set1_epi32(pair), weight[v]);
+        }
+    }
+}
+#else
+#define narrow_products products /* never called, see ckd_narrow */
+#endif
+
+static inline __attribute__((always_inline)) void outputs_tile(const struct linear *l, int64_t at, int64_t c, int n, int vectors, int narrow) {
+    const int64_t *rows = l->rows + at;
+    tile sum;
+    for (int i = 0; i < n; i++)
+        for (int v = 0; v < vectors; v++) sum[i][v] = load_wide(l->bias + c + v * WIDE);
+    if (narrow)
+        narrow_products(l, rows, c, n, vectors, sum);
+    else
+        products(l, rows, c, n, vectors, sum);
     for (int i = 0; i < n; i++)
         for (int v = 0; v < vectors; v++) store_wide(l->outputs + (l->packed ? at + i : rows[i]) * l->d + c + v * WIDE, sum[i][v], l->past);
 }
 
-static inline __attribute__((always_inline)) void outputs_rows(const struct linear *l, int64_t at, int n) {
+static inline __attribute__((always_inline)) void outputs_rows(const struct linear *l, int64_t at, int n, int narrow) {
     int64_t c = 0;
-    for (; c + FORWARD_VECTORS * WIDE <= l->d; c += FORWARD_VECTORS * WIDE) outputs_tile(l, at, c, n, FORWARD_VECTORS);
-    for (; c < l->d; c += WIDE) outputs_tile(l, at, c, n, 1);
+    for (; c + FORWARD_VECTORS * WIDE <= l->d; c += FORWARD_VECTORS * WIDE) outputs_tile(l, at, c, n, FORWARD_VECTORS, narrow);
+    for (; c < l->d; c += WIDE) outputs_tile(l, at, c, n, 1, narrow);
 }
 
-static void linear_work(void *data) {
-    struct linear *l = data;
+static inline __attribute__((always_inline)) void outputs_work(struct linear *l, int narrow) {
+    const int64_t size = narrow ? l->inner / 2 : l->inner; /* of a row, in float */
     unsigned own = number_of(&l->pieces), helped = 0;
     for (int64_t piece; (piece = take(&l->pieces, own, &helped)) >= 0;) {
         int64_t at = piece * ROWS, end = at + ROWS < l->n ? at + ROWS : l->n;
         for (; at + FORWARD_ROWS <= end; at += FORWARD_ROWS) {
-            for (int64_t next = at + FORWARD_ROWS; next < at + 2 * FORWARD_ROWS && next < l->n; next++) fetch(l->inputs + l->rows[next] * l->inner, l->inner);
-            outputs_rows(l, at, FORWARD_ROWS);
+            for (int64_t next = at + FORWARD_ROWS; next < at + 2 * FORWARD_ROWS && next < l->n; next++)
+                fetch((const float *)l->inputs + l->rows[next] * size, size);
+            outputs_rows(l, at, FORWARD_ROWS, narrow);
         }
-        for (; at < end; at++) outputs_rows(l, at, 1);
+        for (; at < end; at++) outputs_rows(l, at, 1, narrow);
     }
 #ifdef __AVX__
     _mm_sfence();
 #endif
 }
+
+static void linear_work(void *data) { outputs_work(data, 0); }
 
 /* outputs[row] = inputs[row] weight (inner, d) + bias (d) for n rows, d a multiple of 16; packed: outputs are one behind the other. past: whether they are
  * read one by one, by all cores, rather than each again by the core that wrote it. */
@@ -110,58 +142,7 @@ void ckd_linear(const float *inputs, const float *weight, const float *bias, con
     run(linear_work, &l, &l.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
 }
 
-#ifdef __AVX512BF16__
-struct narrow {
-    const uint16_t *inputs;
-    const uint32_t *weight;
-    struct linear to; /* all else */
-};
-
-static inline __attribute__((always_inline)) void narrow_tile(const struct narrow *w, int64_t at, int64_t c, int n, int vectors) {
-    const struct linear *l = &w->to;
-    wide sum[FORWARD_ROWS][FORWARD_VECTORS];
-    const uint16_t *inputs[FORWARD_ROWS];
-    for (int i = 0; i < n; i++) {
-        inputs[i] = w->inputs + l->rows[at + i] * l->inner;
-        for (int v = 0; v < vectors; v++) sum[i][v] = load_wide(l->bias + c + v * WIDE);
-    }
-    for (int64_t k = 0; k < l->inner; k += 2) {
-        __m512i weight[FORWARD_VECTORS];
-        for (int v = 0; v < vectors; v++) weight[v] = _mm512_loadu_si512(w->weight + k / 2 * l->d + c + v * WIDE);
-        for (int i = 0; i < n; i++) {
-            int pair;
-            memcpy(&pair, inputs[i] + k, sizeof pair);
-            for (int v = 0; v < vectors; v++) sum[i][v] = add_pairs(sum[i][v], _mm512_set1_epi32(pair), weight[v]);
-        }
-    }
-    for (int i = 0; i < n; i++)
-        for (int v = 0; v < vectors; v++) store_wide(l->outputs + (l->packed ? at + i : l->rows[at + i]) * l->d + c + v * WIDE, sum[i][v], l->past);
-}
-
-static inline __attribute__((always_inline)) void narrow_rows(const struct narrow *w, int64_t at, int n) {
-    int64_t c = 0;
-    for (; c + FORWARD_VECTORS * WIDE <= w->to.d; c += FORWARD_VECTORS * WIDE) narrow_tile(w, at, c, n, FORWARD_VECTORS);
-    for (; c < w->to.d; c += WIDE) narrow_tile(w, at, c, n, 1);
-}
-
-static void narrow_work(void *data) {
-    struct narrow *w = data;
-    struct linear *l = &w->to;
-    unsigned own = number_of(&l->pieces), helped = 0;
-    for (int64_t piece; (piece = take(&l->pieces, own, &helped)) >= 0;) {
-        int64_t at = piece * ROWS, end = at + ROWS < l->n ? at + ROWS : l->n;
-        for (; at + FORWARD_ROWS <= end; at += FORWARD_ROWS) {
-            for (int64_t next = at + FORWARD_ROWS; next < at + 2 * FORWARD_ROWS && next < l->n; next++)
-                fetch((const float *)(w->inputs + l->rows[next] * l->inner), l->inner / 2);
-            narrow_rows(w, at, FORWARD_ROWS);
-        }
-        for (; at < end; at++) narrow_rows(w, at, 1);
-    }
-    _mm_sfence();
-}
-#endif
-
-/* Whether there is ckd_linear_narrow. */
+/* Whether there are ckd_linear_narrow and its gradient. */
 int ckd_narrow(void) {
 #ifdef __AVX512BF16__
     return 1;
@@ -170,20 +151,19 @@ int ckd_narrow(void) {
 #endif
 }
 
+#ifdef __AVX512BF16__
+static void narrow_work(void *data) { outputs_work(data, 1); }
+
 /* As ckd_linear, of inputs in bfloat16; memory: inner * d numbers of 16 bits for the weight, which is rounded to it. inner a multiple of 16. */
 void ckd_linear_narrow(const uint16_t *inputs, const float *weight, const float *bias, const int64_t *rows, int64_t n, int64_t inner, int64_t d,
                        float *outputs, int packed, int past, uint32_t *memory, team parallel, member number, unsigned threads) {
-#ifdef __AVX512BF16__
     for (int64_t k = 0; k < inner; k += 2)
         for (int64_t c = 0; c < d; c += WIDE)
             _mm512_storeu_si512(memory + k / 2 * d + c, paired(rounded(weight + k * d + c), rounded(weight + (k + 1) * d + c)));
-    struct narrow w = {inputs, memory, {NULL, NULL, bias, rows, n, inner, d, outputs, packed, past && threads > 1 && (uintptr_t)outputs % (4 * WIDE) == 0, {0}}};
-    run(narrow_work, &w, &w.to.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
-#else
-    (void)inputs, (void)weight, (void)bias, (void)rows, (void)n, (void)inner, (void)d, (void)outputs, (void)packed, (void)past, (void)memory;
-    (void)parallel, (void)number, (void)threads;
-#endif
+    struct linear l = {inputs, memory, bias, rows, n, inner, d, outputs, packed, past && threads > 1 && (uintptr_t)outputs % (4 * WIDE) == 0, {0}};
+    run(narrow_work, &l, &l.pieces, (n + ROWS - 1) / ROWS, parallel, number, threads);
 }
+#endif
 
 struct linear_gradient {
     const float *inputs, *gradient;
@@ -338,14 +318,12 @@ void ckd_linear_gradient(const float *inputs, const float *gradient, const int64
     run(add_work, &l, &l.pieces, (numbers_of(&l) + NUMBERS - 1) / NUMBERS, parallel, number, threads);
 }
 
+#ifdef __AVX512BF16__
 /* As ckd_linear_gradient, of inputs in bfloat16; the gradient of the outputs is rounded to it for the weight. inner and d at most 512. */
 void ckd_linear_gradient_narrow(const uint16_t *inputs, const float *gradient, const int64_t *rows, int64_t n, int64_t inner, int64_t d, int packed,
                                 float *sums, team parallel, member number, unsigned threads) {
-#ifdef __AVX512BF16__
     struct narrow_gradient w = {inputs, {NULL, gradient, rows, n, inner, d, packed, sums, {0}}};
     run(narrow_sums_work, &w, &w.to.pieces, GROUPS, parallel, number, threads);
     run(add_work, &w.to, &w.to.pieces, (numbers_of(&w.to) + NUMBERS - 1) / NUMBERS, parallel, number, threads);
-#else
-    (void)inputs, (void)gradient, (void)rows, (void)n, (void)inner, (void)d, (void)packed, (void)sums, (void)parallel, (void)number, (void)threads;
-#endif
 }
+#endif

@@ -258,7 +258,7 @@ def test_a_projection_with_and_without_kernels(generator, monkeypatch, shape):
     features, linear = torch.randn(*n, inner, generator=generator), torch.nn.Linear(inner, d)
     rows = torch.arange(0, 70, 3) if len(n) == 1 else None
     calls, forward = [], Kernels.linear
-    monkeypatch.setattr(Kernels, "linear", lambda *args: (calls.append(1), forward(*args))[1])
+    monkeypatch.setattr(Kernels, "linear", lambda *args, **named: (calls.append(1), forward(*args, **named))[1])
 
     def found():
         outputs = project(features, linear, None if rows is None else lambda: rows)
